@@ -163,16 +163,41 @@ def _fit(value, dtype):
     return value.to(dtype)
 
 
-class _AddUpdate(torch.autograd.Function):
-    """out + hyplora_update(x, A, B, exp(log_K), max_radius, scaling) for the layer, in LoRA's memory.
+def _gram(B, dtype):
+    """B^T B in dtype, (rank, rank): |Bh|^2 = h^T (B^T B) h needs no tensor of the layer's width.
 
-    The same closed form, phi = stretch * asinhc(z), z = stretch |BAx| / sqrt K, with its derivatives by hand.
-    Autograd would form G = B^T B and differentiate it with thin matrix products that each cost as much as
-    LoRA's own; here backward shares h, G h and B^T d_out. With q = d_phi = h . B^T d_out, n2 = |x|^2,
-    g2 = |BAx|^2 = h . G h and e_n = 2 q phi_n2, e_g = 2 q phi_g2 for the derivatives of phi in them:
+    The long sum runs in float32, on B divided by its largest entry, so that no square overflows.
+    """
+    B = B.to(torch.promote_types(B.dtype, torch.float32))
+    largest = B.abs().amax().clamp(min=torch.finfo(B.dtype).tiny)
+    B = B / largest
+    return (B.T @ B).to(dtype) * largest.to(dtype).square()
+
+
+def _phi_and_slopes(n, g2, root_k, max_radius):
+    """phi as above and its derivatives, (tokens, 4): phi, 2 phi_n2, 2 phi_g2, -2 K phi_K. n = |x|, root_k = 1/sqrt K."""
+    rho = n * root_k
+    inside, radius = rho < max_radius, rho.clamp(max=max_radius)
+    stretch = torch.sinh(radius) / rho  # clip * sinhc(clip * rho), as clip = max_radius / rho outside
+    z = stretch * g2.sqrt() * root_k
+    length = torch.asinh(z)  # |update| / sqrt K
+    phi = stretch * (length / z)
+    slope = 1 / torch.cosh(length)  # of phi over stretch
+    n2_slope, g2_slope = slope * (inside * torch.cosh(radius) - stretch), slope * stretch - phi
+    # phi knows n2/K and g2/K alone, so that its third derivative is made of the other two. In one tensor, as a compiler
+    # saves a concatenation, where it would compute sinh and asinh again in backward for each number they multiply.
+    return torch.cat([phi, n2_slope / n / n, g2_slope / g2, n2_slope + g2_slope], dim=-1)
+
+
+class _AddUpdate(torch.autograd.Function):
+    """out + hyplora_update(x, A, B, exp(log_K), max_radius, scaling) for the layer, in LoRA's time and memory.
+
+    The same closed form with its derivatives by hand. Autograd would form G = B^T B and differentiate it with thin
+    matrix products that each cost as much as LoRA's own; here backward shares h, G h and B^T d_out. With
+    q = d_phi = h . B^T d_out, e_n = 2 q phi_n2 and e_g = 2 q phi_g2 (n2 = |x|^2, g2 = |BAx|^2 = h . G h):
 
         d_h = phi B^T d_out + e_g G h        d_x = A^T d_h + e_n x        d_A = d_h x^T
-        d_B = phi d_out h^T + B (e_g h h^T)  d_log_K = -(n2 e_n + g2 e_g)/2, as phi knows n2/K and g2/K alone
+        d_B = phi d_out h^T + B (e_g h h^T)  d_log_K = -(n2 e_n + g2 e_g)/2
     """
 
     generate_vmap_rule = True
@@ -182,55 +207,45 @@ class _AddUpdate(torch.autograd.Function):
         dtype, wide = _dtypes(x)
         tiny = torch.finfo(wide).tiny  # stands for 0 where 0/0 has a limit, and gives that limit to the last bit
         x2 = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, d_in)
-        h = (x2 @ A.to(dtype).T).to(wide)  # (tokens, rank)
-        B_wide = B.to(wide)
-        Gh = h @ (B_wide.T @ B_wide)
-        g2 = (h * Gh).sum(dim=-1, keepdim=True).clamp(min=tiny)
         n = torch.linalg.vector_norm(x2, dim=-1, keepdim=True, dtype=torch.promote_types(dtype, torch.float32))
-        n = n.to(wide).clamp(min=tiny**0.5)
-        root_k = torch.exp(-0.5 * log_K.to(wide)).clamp(min=tiny**0.25)  # 1/sqrt K, 0 for LoRA
-        rho = n * root_k
-        stretch = torch.sinh(rho.clamp(max=max_radius)) / rho  # clip * sinhc(clip * rho), as clip = max_radius/rho
-        z = stretch * (g2.sqrt() * root_k)
-        length = torch.asinh(z)  # |update| / sqrt K
-        phi = stretch * (length / z) * scaling
-        h_phi = (h * phi).to(dtype)
-        # Adding in place takes one pass over the output less than addmm, which copies out first.
-        result = _fit(h_phi @ B.to(dtype).T, out.dtype).add_(out.reshape(-1, out.shape[-1]))
-        return result.view(out.shape), h, h_phi, Gh, g2, n * n, rho, stretch, length, phi
+        h = (x2 @ A.to(dtype).T).to(wide)  # (tokens, rank)
+        Gh = h @ _gram(B, wide)
+        g2 = (h * Gh).sum(dim=-1, keepdim=True)
+        root_k = torch.exp(-0.5 * log_K.to(wide)).clamp(min=tiny**0.25)  # 0 for LoRA
+        slopes = _phi_and_slopes(n.to(wide).clamp(min=tiny**0.5), g2.clamp(min=tiny), root_k, max_radius)
+        h_phi = (h * (scaling * slopes[:, :1])).to(dtype)
+        result = torch.addmm(out.reshape(-1, out.shape[-1]).to(dtype), h_phi, B.to(dtype).T)
+        return _fit(result, out.dtype).view(out.shape), h, h_phi, Gh, slopes
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, x, A, B, log_K, ctx.max_radius, ctx.scaling = inputs
-        _, *saved = output
+        _, x, A, B, log_K, _, ctx.scaling = inputs
         ctx.K_dtype = log_K.dtype
-        ctx.mark_non_differentiable(*saved)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, A, B, *saved)
+        ctx.save_for_backward(x, A, B, *output[1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
-        x, A, B, h, h_phi, Gh, g2, n2, rho, stretch, length, phi = ctx.saved_tensors
+        x, A, B, h, h_phi, Gh, slopes = ctx.saved_tensors
         dtype, wide = _dtypes(x)
         d_x = d_A = d_B = d_log_K = None
         x2, d_out2 = x.reshape(-1, x.shape[-1]).to(dtype), d_out.reshape(-1, d_out.shape[-1]).to(dtype)
-        BT_d_out = (d_out2 @ B.to(dtype)).to(wide)
-        q = (h * BT_d_out).sum(dim=-1, keepdim=True)
-        slope = ctx.scaling / torch.cosh(length)  # d phi / d stretch
-        cosh = torch.cosh(rho.clamp(max=ctx.max_radius)) * (rho < ctx.max_radius)
-        n2_e_n, g2_e_g = q * slope * (cosh - stretch), q * (slope * stretch - phi)
-        e_n, e_g = n2_e_n / n2, g2_e_g / g2
-        d_h = (phi * BT_d_out + e_g * Gh).to(dtype)
-        if ctx.needs_input_grad[1]:
-            d_x = _fit((d_h @ A.to(dtype)).addcmul_(x2, e_n.to(dtype)), x.dtype).view(x.shape)
-        if ctx.needs_input_grad[2]:
-            d_A = (d_h.T @ x2).to(A.dtype)
-        if ctx.needs_input_grad[3]:
-            M = (h.T @ (e_g * h)).to(B.dtype)
-            d_B = torch.addmm((h_phi.T @ d_out2).to(B.dtype), M, B.T).T
-        if ctx.needs_input_grad[4]:
-            d_log_K = (-0.5 * (n2_e_n + g2_e_g).sum()).view(1).to(ctx.K_dtype)
+        with torch.autocast(x.device.type, enabled=False):  # as in the layer's forward, wherever backward is called
+            BT_d_out = ctx.scaling * (d_out2 @ B.to(dtype)).to(wide)
+            q = (h * BT_d_out).sum(dim=-1, keepdim=True)
+            e_n, e_g, e_K = (q * slopes[:, 1:]).split(1, dim=-1)
+            d_h = (slopes[:, :1] * BT_d_out + e_g * Gh).to(dtype)
+            if ctx.needs_input_grad[1]:
+                d_x = _fit((x2 * e_n.to(dtype)).addmm_(d_h, A.to(dtype)), x.dtype).view(x.shape)
+            if ctx.needs_input_grad[2]:
+                d_A = (d_h.T @ x2).to(A.dtype)
+            if ctx.needs_input_grad[3]:
+                M = (h.T @ (e_g * h)).to(dtype)
+                d_B = torch.addmm(h_phi.T @ d_out2, M, B.to(dtype).T).to(B.dtype).T
+            if ctx.needs_input_grad[4]:
+                d_log_K = (-0.5 * e_K.sum()).view(1).to(ctx.K_dtype)
         return d_out, d_x, d_A, d_B, d_log_K, None, None
 
 
