@@ -175,7 +175,7 @@ def _gram(B, dtype):
 
 
 def _phi_and_slopes(n, g2, root_k, max_radius):
-    """phi as above and its derivatives, (tokens, 4): phi, 2 phi_n2, 2 phi_g2, -2 K phi_K. n = |x|, root_k = 1/sqrt K."""
+    """phi as above and its slopes, (tokens, 4): phi, 2 phi_n2, 2 phi_g2, -2 K phi_K. n is |x|, root_k is 1/sqrt K."""
     rho = n * root_k
     inside, radius = rho < max_radius, rho.clamp(max=max_radius)
     stretch = torch.sinh(radius) / rho  # clip * sinhc(clip * rho), as clip = max_radius / rho outside

@@ -1,14 +1,17 @@
 """train_minimal.py when it is stopped, spread over processes, and fed with data that is not clean."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import train_minimal
 from benchmarks.kill_and_resume import command, kill_and_resume
@@ -87,6 +90,40 @@ def test_two_processes_give_the_adapters_and_losses_of_one(shard, tmp_path):
     assert len(losses(one)) == 10 and losses(two) == pytest.approx(losses(one), rel=1e-3)
     for name, p in adapters(tmp_path / "one").items():
         assert (adapters(tmp_path / "two")[name] - p).norm() < 1e-4 * p.norm(), name
+
+
+def test_the_studys_stack_of_adapters_gives_what_runs_of_their_own_give():
+    """Other sums of the same numbers: 1e-3 of a tensor's norm after 30 steps."""
+    study = pytest.importorskip("benchmarks.study", reason="pip install scipy")
+    torch.manual_seed(0)
+    base = train_minimal.GPT(train_minimal.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=1))
+    nn.init.normal_(base.lm_head.weight)
+    rows = train_minimal.render("subtract", train_minimal.operand_pairs(held_out=True), torch.Generator())
+    task = SimpleNamespace(
+        name="subtract",
+        base=base.requires_grad_(False),
+        batch=lambda seed, step: train_minimal.sum_batches("subtract", 16, seed)(step),
+        data={"validation": train_minimal.shifted(rows[:100]), "test": train_minimal.shifted(rows[100:200])},
+    )
+    runs = [
+        study.Run("subtract", "LoRA", 2, 4e-3, 0, 30),
+        study.Run("subtract", "HypLoRA 0.5", 3, 1e-2, 1, 30),
+        study.Run("subtract", "HypLoRA 1.0, fixed", 2, 1e-2, 0, 30),
+        study.Run("subtract", "HypLoRA 0.5, calibrated", 2, 1e-2, 0, 30),
+    ]
+    together = study.train_stack(base, runs, task)
+    for run, result in zip(runs, together):
+        layers = study.start(base, run, task)
+        for name, layer in layers.items():
+            base.set_submodule(name, layer)
+        parameters = train_minimal.hyplora_parameters(base)
+        train_minimal.train(base, parameters, lambda step: task.batch(run.seed, step), 30, run.lr, run.seed, "")
+        ids, labels = task.data["test"]
+        with torch.no_grad():
+            start = train_minimal.answer_loss(train_minimal.remove_hyplora(copy.deepcopy(base)), ids, labels) / 300
+            loss = train_minimal.answer_loss(base, ids, labels) / 300
+        train_minimal.remove_hyplora(base)
+        assert start - loss > 0.1 and result["test loss"] == pytest.approx(loss.item(), rel=1e-3), run
 
 
 def test_two_processes_read_only_their_shards_of_a_checkpoint(tmp_path):
