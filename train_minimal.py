@@ -34,6 +34,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.checkpoint import checkpoint
 
 from hyplora import (
@@ -578,21 +583,6 @@ def save_state(path, state):
         sys.exit(f"\ncould not write {path}: {error}. What was saved there last is whole; --resume goes on from it")
 
 
-def whole(tree):
-    """A copy of nested dicts in which tensors that FSDP2 sharded are whole: all processes must call it."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
-
-
-def place_like(optimizer):
-    """Shard the optimizer's freshly loaded state as its parameters are."""
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
-            if hasattr(p, "device_mesh") and value.shape == p.shape:
-                state[key] = dist.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-
-
 class Interrupt:
     """Ctrl-C and SIGTERM are heard at the end of a step, when the state is whole; a second one acts at once."""
 
@@ -611,77 +601,98 @@ class Interrupt:
             signal.signal(s, handler)
 
 
+def write_state(path, model, optimizer, step, seconds):
+    """All that a run needs to go on: adapters, optimizer, step. All processes must call it, as parts may be sharded."""
+    whole = StateDictOptions(full_state_dict=True)
+    adapters, moments = hyplora_state_dict(model), get_optimizer_state_dict(model, optimizer, options=whole)
+    if any(not t.isfinite().all() for name, t in adapters.items() if not name.endswith("log_K")):
+        sys.exit(f"\nthe adapters are not finite at step {step}; {path} holds the last ones that were")
+    if is_main():
+        save_state(path, {"adapters": adapters, "optimizer": moments, "step": step, "seconds": seconds})
+
+
+def read_state(path, model, optimizer):
+    """(step, seconds) of what write_state wrote, which goes into the adapters and the optimizer."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    set_hyplora_state_dict(model, saved["adapters"])
+    whole = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=whole)
+    return saved["step"], saved["seconds"]
+
+
+def processes():
+    """(how many, the number of this one)"""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def add_gradients(model, loss_of, ids, labels, accumulate):
+    """Gradients of the loss, the mean over the labels of the whole batch; returns what this process computed of it.
+
+    Every process of a torchrun gets its share of the rows, cut again into `accumulate` parts: neither changes the
+    result, up to rounding. Where there are fewer rows than parts, a part is empty: sharded models compute together.
+    """
+    device, (ranks, rank) = next(model.parameters()).device, processes()
+    count, total = (labels != IGNORE).sum(), 0.0
+    for part in range(rank, ranks * accumulate, ranks):
+        rows = slice(part, None, ranks * accumulate)
+        loss = loss_of(model, ids[rows].to(device), labels[rows].to(device)) / count
+        (loss * ranks).backward()  # as what is averaged over the processes is their sum, then
+        total = total + loss.detach()
+    return total
+
+
+def average(parameters, total, heard):
+    """(loss of all processes, whether one of them was interrupted); gradients become the mean, unless FSDP2 did it."""
+    ranks = processes()[0]
+    shared = torch.stack([total, torch.tensor(float(heard), device=total.device)])
+    if ranks > 1:
+        dist.all_reduce(shared)  # all stop at the same step, whichever heard it
+        for p in parameters:
+            if not hasattr(p, "device_mesh"):
+                dist.all_reduce(p.grad)
+                p.grad /= ranks
+    return shared[0], bool(shared[1])
+
+
 def train(model, parameters, batch, steps, lr, seed, label, *, warmup=20, accumulate=1, compile=False, state=None,
           save_every=0, resume=False):  # fmt: skip
     """AdamW with a linear warm-up and a linear decay to zero. Returns the seconds that all of it took.
 
-    Every process of a torchrun gets its share of each batch's rows, cut again into `accumulate` parts; the loss is the
-    mean over the labels of the whole batch, so that neither changes the result. With a state file, the adapters and
-    the optimizer are written there every save_every steps, and with resume read from there; all else depends on the
-    step alone, so that a resumed run ends where an uninterrupted one does.
+    With a state file, the adapters and the optimizer are written there every save_every steps, and with resume read
+    from there; all else depends on the step alone, so that a resumed run ends where an uninterrupted one does.
     """
     device = next(model.parameters()).device
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sharded = any(hasattr(p, "device_mesh") for p in parameters)
     first, seconds, tokens = 0, 0.0, 0
     if resume and state and os.path.exists(state):
-        saved = torch.load(state, map_location="cpu", weights_only=True)
-        set_hyplora_state_dict(model, saved["adapters"])
-        optimizer.load_state_dict(saved["optimizer"])
-        place_like(optimizer)
-        first, seconds = saved["step"], saved["seconds"]
+        first, seconds = read_state(state, model, optimizer)
         say(f"{label}: going on from step {first} of {state}")
     loss_of = torch.compile(answer_loss) if compile else answer_loss
     progress = Progress(label, steps, first)
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-    def save(step):
-        content = {"adapters": hyplora_state_dict(model), "optimizer": whole(optimizer.state_dict()), "step": step}
-        if any(not t.isfinite().all() for name, t in content["adapters"].items() if not name.endswith("log_K")):
-            sys.exit(f"\n{label}: the adapters are not finite at step {step}; {state} holds the last ones that were")
-        if is_main():
-            save_state(state, {**content, "seconds": seconds + time.perf_counter() - progress.start})
-
     with Interrupt() as interrupt:
         for step in range(first, steps):
             torch.manual_seed(seeded(seed, step, "dropout").initial_seed())
             ids, labels = batch(step)
-            count, tokens, total = (labels != IGNORE).sum(), tokens + ids.numel(), 0.0
-            for part in range(rank, ranks * accumulate, ranks):
-                rows = slice(part, None, ranks * accumulate)
-                if len(ids[rows]) or sharded:  # a sharded model computes together, rows or none
-                    loss = loss_of(model, ids[rows].to(device), labels[rows].to(device)) * (ranks / count)
-                    loss.backward()
-                    total = total + loss.detach() / ranks
-            if ranks > 1:
-                shared = torch.zeros(2, device=device)
-                shared[0], shared[1] = total, interrupt.heard
-                dist.all_reduce(shared)  # all stop at the same step, whichever heard it
-                total, interrupt.heard = shared[0], bool(shared[1])
-                if not sharded:  # FSDP2 has averaged already
-                    for p in parameters:
-                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                        dist.all_reduce(p.grad)
-                        p.grad /= ranks
-            pace = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1)
+            tokens += ids.numel()
+            total = add_gradients(model, loss_of, ids, labels, accumulate)
+            total, heard = average(parameters, total, interrupt.heard)
             for group in optimizer.param_groups:
-                group["lr"] = lr * pace
+                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1)
             optimizer.step()
             optimizer.zero_grad()
             progress(step + 1, total)
-            saves = save_every and (step + 1) % save_every == 0
-            if (saves or step + 1 == steps or step % 50 == 0) and not total.isfinite():
+            saves = heard or step + 1 == steps or save_every and (step + 1) % save_every == 0
+            if (saves or step % 50 == 0) and not total.isfinite():
                 kept = f" {state} holds the last good state, if one was saved" if state else ""
-                sys.exit(
-                    f"\n{label}: the loss is {total.item()} at step {step + 1}: lower --lr, or look at the data.{kept}"
-                )
-            if state and (saves or step + 1 == steps or interrupt.heard):
-                save(step + 1)
-            if interrupt.heard:
+                what = f"the loss is {total.item()} at step {step + 1}: lower --lr, or look at the data."
+                sys.exit(f"\n{label}: {what}{kept}")
+            if state and saves:
+                write_state(state, model, optimizer, step + 1, seconds + time.perf_counter() - progress.start)
+            if heard:
                 go_on = f"saved to {state}; the same command with --resume goes on" if state else "nothing to save"
                 say(f"\n{label}: stopped at step {step + 1}, {go_on}")
                 sys.exit(130)
@@ -844,13 +855,15 @@ def adapt(base, fresh, args, batch, steps, curvature, seed, evaluate, device):
         accumulate=args.accumulate, compile=args.compile, save_every=args.save_every, resume=args.resume,
         state=os.path.join(args.out, f"state-{key}.pt"),
     )  # fmt: skip
-    layers = [layer for layer in model.modules() if isinstance(layer, HypLoRALinear)]
+    K = {
+        name.removesuffix(".log_K"): v.exp().item() for name, v in hyplora_state_dict(model).items() if "log_K" in name
+    }
     return model, {
         "name": name,
         "trainable": sum(p.numel() for group in groups for p in group["params"]),
         "metrics": evaluate(model, name),
         "seconds": seconds,
-        "K": [math.exp(whole(layer.log_K.detach()).item()) / layer.in_features for layer in layers],
+        "K": [value / model.get_submodule(name).in_features for name, value in K.items()],
     }
 
 

@@ -7,8 +7,8 @@ adapters; `test_training.py` checks the stack against runs of their own.
 
 Tasks: subtract (one step) and two-step (a+b-c), on the base of train_minimal.py, which can only add.
 
-    python -m benchmarks.study --tasks subtract                # an hour on one core
-    python -m benchmarks.study --tasks two-step --ranks 8      # the same
+    python -m benchmarks.study --tasks subtract --threads 1              # the better part of an hour on one core
+    python -m benchmarks.study --tasks two-step --ranks 8 --threads 1    # the same, at the same time on another
 
 What is finished is kept in runs/study.json, so that a run that was stopped goes on. Needs scipy (for the intervals).
 """
@@ -47,6 +47,7 @@ METHODS = {  # name: (curvature, learned, calibrated)
     "HypLoRA 0.5, calibrated": (0.5, True, True),
     "authors' arithmetic 0.5": (0.5, True, False),
 }
+MAIN = ["LoRA", "HypLoRA 0.5", "authors' arithmetic 0.5"]
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def study(name, args, device):
     """({(rank, method): learning rate}, {(rank, method): results over the seeds}) of one task."""
     path, steps, task = args.out / "study.json", args.steps or STEPS[name], Sums(name, device, args.out)
     done = json.loads(path.read_text()) if path.exists() else {}
-    cases = [(rank, method) for rank in args.ranks for method in args.methods]
+    cases = [(rank, method) for rank in args.ranks for method in (METHODS if rank == args.all_at else MAIN)]
     sweep, best = {}, {}
     for rank, method in cases:
         rates = [lr * (AUTHORS_RATES if method.startswith("authors") else 1) for lr in args.rates]
@@ -253,7 +254,7 @@ def main():
     add = parser.add_argument
     add("--tasks", nargs="+", choices=STEPS, default=list(STEPS))
     add("--ranks", nargs="+", type=int, default=[2, 4, 8])
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="LoRA, the one to compare with, goes in")
+    add("--all-at", type=int, default=4, help=f"rank at which all methods run; at others {', '.join(MAIN)}")
     add("--rates", nargs="+", type=float, default=RATES)
     add("--seeds", type=int, default=10)
     add("--stack", type=int, default=256 if torch.cuda.is_available() else 4, help="runs trained side by side")
@@ -262,7 +263,6 @@ def main():
     add("--out", type=Path, default=Path("runs"))
     add("--dry-run", action="store_true", help="print the tables and leave RESULTS.md as it is")
     args = parser.parse_args()
-    args.methods = list(dict.fromkeys(["LoRA", *args.methods]))
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def main():
         best, results = study(name, args, device)
         lines = [HEAD]
         for rank in args.ranks:
-            lines += rows_of(name, rank, best, {m: results[rank, m] for m in args.methods})
+            lines += rows_of(name, rank, best, {m: runs for (r, m), runs in results.items() if r == rank})
         head = (
             f"{datetime.date.today()}, torch {torch.__version__}, {args.steps or STEPS[name]} steps. Learning rates: "
             f"{', '.join(f'{lr:g}' for lr in args.rates)} (authors' arithmetic: {AUTHORS_RATES} times these), by the "
