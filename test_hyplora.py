@@ -770,12 +770,25 @@ def test_the_authors_layer_keeps_a_constant_length_where_the_formula_vanishes(cu
 # --- the README -------------------------------------------------------------------------------------
 
 
-def test_the_readme_snippets_run(tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.DOTALL)
-    assert snippets
+README = (Path(__file__).parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: re.findall(r"from (torch|transformers)", snippet)[0])
+def test_the_readmes_snippets_run(snippet, tmp_path, monkeypatch):
+    if "from transformers" in snippet:
+        pytest.importorskip("transformers", reason="pip install transformers")
     monkeypatch.chdir(tmp_path)
-    for snippet in snippets:
-        exec(snippet, {})
+    exec(snippet, {})
+
+
+COMMANDS = re.findall(r"train_minimal\.py(.*)", "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)))
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_readmes_commands_are_ones_that_the_script_takes(line, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)  # torchrun's line
+    train_minimal.parse_arguments(line.split())
 
 
 # --- the script -------------------------------------------------------------------------------------

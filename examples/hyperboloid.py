@@ -1,4 +1,4 @@
-"""One picture of what a HypLoRA layer does: the three maps on a few points, and phi over |x| for several K.
+"""One picture of what a HypLoRA layer does: the three maps on two tokens, and phi over |x| for several K.
 
 python -m examples.hyperboloid               # writes assets/hyperboloid.png; needs matplotlib
 """
@@ -13,6 +13,54 @@ import torch
 from hyplora import expmap0, hyplora_update, llr, logmap0
 
 
+def draw_maps(axes, K=1.0, gain=0.5):
+    """The hyperboloid over one space coordinate, where BA is a number; short and long token, up, across and down."""
+    line = expmap0(torch.linspace(-1.2, 2.15, 200)[:, None], K)
+    axes.plot(line[:, 1], line[:, 0], color="tab:blue", label="hyperboloid")
+    axes.axhline(
+        K**0.5, color="gray", linewidth=1, label="tangent plane at its lowest point: where x and the update live"
+    )
+    A, B = torch.tensor([[1.0]]), torch.tensor([[gain]])
+    for x, color in ((0.7, "tab:green"), (2.0, "tab:red")):
+        x = torch.tensor([x])
+        p = expmap0(x, K)
+        q = llr(p, A, B, K)
+        y = logmap0(q, K)
+        path = [(x.item(), K**0.5), (p[1].item(), p[0].item()), (q[1].item(), q[0].item()), (y.item(), K**0.5)]
+        names = (("expmap0", 0.1, "left"), ("llr: space times BA", -0.1, "right"), ("logmap0", -0.1, "right"))
+        for start, end, (name, offset, side) in zip(path, path[1:], names):
+            arrow = dict(arrowstyle="->", color=color, linewidth=1.5, shrinkA=4, shrinkB=4)
+            axes.annotate("", end, start, arrowprops=arrow)
+            if x > 1:
+                middle = (start[0] + end[0]) / 2 + offset, (start[1] + end[1]) / 2
+                axes.text(*middle, name, color=color, ha=side)
+        axes.plot(*path[0], "o", color=color, markersize=8)
+        axes.plot(*path[3], "D", color=color, markersize=8)
+        axes.plot(gain * x.item(), K**0.5, "x", color="black", markersize=9, markeredgewidth=2)
+    for marker, color, name in (
+        ("o", "gray", "x"),
+        ("D", "gray", "HypLoRA's update"),
+        ("x", "black", "LoRA's update, BAx"),
+    ):
+        axes.plot([], [], marker, color=color, label=name)
+    axes.set(xlabel="space", ylabel="time", title="up, times BA = 1/2, down (K = 1)", xlim=(-1.5, 4.2), ylim=(0.6, 4.4))
+    axes.legend(loc="upper left", fontsize=8)
+
+
+def draw_phi(axes):
+    length = torch.linspace(0.01, 4, 200)
+    for K in (math.inf, 8.0, 2.0, 1.0, 0.5):
+        x = torch.stack([length, torch.zeros_like(length)], dim=1)
+        style = dict(color="black", linestyle="--", label="K = ∞: LoRA") if K == math.inf else dict(label=f"K = {K:g}")
+        for gain, width in ((0.5, 2.0), (2.0, 0.8)):
+            phi = hyplora_update(x, torch.eye(2), gain * torch.eye(2), K)[:, 0] / (gain * length)
+            (line,) = axes.plot(length, phi, linewidth=width, **style)
+            style = dict(color=line.get_color(), linestyle=line.get_linestyle())
+    axes.set(xlabel="|x|", ylabel="phi: HypLoRA's update over LoRA's", ylim=(0, 2.1))
+    axes.set_title("phi, for |BAx| = |x|/2 (thick) and 2|x| (thin)")
+    axes.legend()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("assets"))
@@ -24,41 +72,9 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(13, 5), layout="constrained")
-    space = figure.add_subplot(1, 2, 1, projection="3d")
-    K = 1.0
-    radius, angle = torch.meshgrid(torch.linspace(0, 1.9, 30), torch.linspace(0, 2 * math.pi, 60), indexing="ij")
-    sheet = expmap0(torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1), K)
-    space.plot_surface(*(sheet[..., i].numpy() for i in (1, 2, 0)), alpha=0.18, color="tab:blue", linewidth=0)
-    A, B = torch.tensor([[1.0, 0.4]]), torch.tensor([[0.3], [0.9]])  # rank 1: every update lies on one line
-    for i, x in enumerate(torch.tensor([[1.6, 0.2], [0.5, -1.2], [-1.1, 0.9]])):
-        p = expmap0(x, K)
-        q = llr(p, A, B, K)
-        y = logmap0(q, K)
-        path = torch.stack([torch.cat([torch.tensor([K**0.5]), x]), p, q, torch.cat([torch.tensor([K**0.5]), y])])
-        color = f"C{i + 1}"
-        space.plot(*(path[:, j].numpy() for j in (1, 2, 0)), ":", color=color)
-        for point, mark in zip(path, ("o", "^", "s", "D")):
-            space.scatter(*(point[j].item() for j in (1, 2, 0)), color=color, marker=mark, s=45)
-    names = ("x, on the tangent plane", "expmap0(x)", "llr(expmap0(x))", "the update: logmap0 of it")
-    handles = [plt.Line2D([], [], color="gray", marker=m, linestyle="") for m in ("o", "^", "s", "D")]
-    space.legend(handles, names, loc="upper left", fontsize=9)
-    space.set(xlabel="space 1", ylabel="space 2", zlabel="time", title="up, times BA, down (K = 1)")
-    space.view_init(elev=14, azim=-62)
-
-    curves = figure.add_subplot(1, 2, 2)
-    length = torch.linspace(0.01, 4, 200)
-    for K, style in ((math.inf, "k--"), (8.0, "-"), (2.0, "-"), (1.0, "-"), (0.5, "-")):
-        x = torch.stack([length, torch.zeros_like(length)], dim=1)
-        flat = K == math.inf
-        label, color = ("K = ∞: LoRA", "black") if flat else (f"K = {K:g}", None)
-        for gain, weight in ((0.5, 2.0), (2.0, 0.8)):
-            phi = hyplora_update(x, torch.eye(2), gain * torch.eye(2), K)[:, 0] / (gain * length)
-            (line,) = curves.plot(length, phi, style, linewidth=weight, color=color, label=label)
-            label, color = None, line.get_color()
-    curves.set(xlabel="|x|", ylabel="phi: HypLoRA's update over LoRA's", ylim=(0, 2.6))
-    curves.set_title("phi, for |BAx| = |x|/2 (thick) and 2|x| (thin)")
-    curves.legend()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    draw_maps(left)
+    draw_phi(right)
     args.out.mkdir(exist_ok=True)
     figure.savefig(args.out / "hyperboloid.png", dpi=110)
     print(args.out / "hyperboloid.png")
