@@ -300,18 +300,16 @@ class HypLoRALinear(nn.Module):
             )
         if isinstance(base, HypLoRALinear):
             raise TypeError("this layer has a HypLoRA adapter already; remove_hyplora(model) takes it away")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        if not curvature > 0:
-            raise ValueError(f"curvature must be positive (math.inf is plain LoRA), got {curvature!r}")
-        if curvature_unit not in ("rms", "absolute"):
-            raise ValueError(f'curvature_unit must be "rms" or "absolute", got {curvature_unit!r}')
-        if not 0 < max_radius <= 80:
-            raise ValueError(f"max_radius must be in (0, 80], as sinh overflows float32 above 88, got {max_radius!r}")
+        for name, given, fits, allowed in (
+            ("rank", rank, type(rank) is int and rank >= 1, "an integer of at least 1"),
+            ("alpha", alpha, 0 < alpha < math.inf, "a positive number"),
+            ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
+            ("curvature", curvature, curvature > 0, "positive (math.inf is plain LoRA)"),
+            ("curvature_unit", curvature_unit, curvature_unit in ("rms", "absolute"), '"rms" or "absolute"'),
+            ("max_radius", max_radius, 0 < max_radius <= 80, "in (0, 80], as sinh overflows float32 above 88"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {allowed}, got {given!r}")
         self.base = base
         self.in_features, self.out_features = _features(base)
         if rank > min(self.in_features, self.out_features):

@@ -32,7 +32,7 @@ from benchmarks.authors import authors_update
 from benchmarks.speed import machine, write_section
 from hyplora import calibrate_curvature, hyplora_update, inject_hyplora, remove_hyplora
 
-RATES = [4e-3, 8e-3, 1.6e-2, 3.2e-2]
+RATES = {"subtract": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "two-step": [1e-3, 2e-3, 4e-3, 8e-3]}
 AUTHORS_RATES = 4  # times these: their update is shorter by sqrt(d_in), which is 8 and more here
 STEPS = {"subtract": 300, "two-step": 1500}  # so that the methods are still apart
 SWEEP_SEEDS = (1000, 1001)
@@ -239,7 +239,7 @@ def study(name, args, device):
     cases = [(rank, method) for rank in args.ranks for method in (METHODS if rank == args.all_at else MAIN)]
     sweep, best = {}, {}
     for rank, method in cases:
-        rates = [lr * (AUTHORS_RATES if method.startswith("authors") else 1) for lr in args.rates]
+        rates = [lr * (AUTHORS_RATES if method.startswith("authors") else 1) for lr in args.rates or RATES[name]]
         sweep[rank, method] = {lr: [Run(name, method, rank, lr, seed, steps) for seed in SWEEP_SEEDS] for lr in rates}
     finish([run for rates in sweep.values() for runs in rates.values() for run in runs], done, path, task, args.stack)
     for case, rates in sweep.items():
@@ -255,7 +255,7 @@ def main():
     add("--tasks", nargs="+", choices=STEPS, default=list(STEPS))
     add("--ranks", nargs="+", type=int, default=[2, 4, 8])
     add("--all-at", type=int, default=4, help=f"rank at which all methods run; at others {', '.join(MAIN)}")
-    add("--rates", nargs="+", type=float, default=RATES)
+    add("--rates", nargs="+", type=float, help=f"instead of {RATES}")
     add("--seeds", type=int, default=10)
     add("--stack", type=int, default=256 if torch.cuda.is_available() else 4, help="runs trained side by side")
     add("--steps", type=int, help=f"instead of {STEPS}")
@@ -273,9 +273,9 @@ def main():
             lines += rows_of(name, rank, best, {m: runs for (r, m), runs in results.items() if r == rank})
         head = (
             f"{datetime.date.today()}, torch {torch.__version__}, {args.steps or STEPS[name]} steps. Learning rates: "
-            f"{', '.join(f'{lr:g}' for lr in args.rates)} (authors' arithmetic: {AUTHORS_RATES} times these), by the "
-            f"validation loss of two seeds; then {args.seeds} seeds, mean ± 95 % interval. Steps to 90 %: median of "
-            "the seeds that got there (how many). `python -m benchmarks.study`"
+            f"{', '.join(f'{lr:g}' for lr in args.rates or RATES[name])} (authors' arithmetic: {AUTHORS_RATES} times "
+            f"these), by the validation loss of two seeds; then {args.seeds} seeds, mean ± 95 % interval. Steps to "
+            "90 %: median of the seeds that got there (how many). `python -m benchmarks.study`"
         )
         print(f"\n{head}\n\n" + "\n".join(lines), flush=True)
         if not args.dry_run:
