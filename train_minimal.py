@@ -644,13 +644,14 @@ def add_gradients(model, loss_of, ids, labels, accumulate):
 def average(parameters, total, heard):
     """(loss of all processes, whether one of them was interrupted); gradients become the mean, unless FSDP2 did it."""
     ranks = processes()[0]
+    if ranks == 1:
+        return total, heard
     shared = torch.stack([total, torch.tensor(float(heard), device=total.device)])
-    if ranks > 1:
-        dist.all_reduce(shared)  # all stop at the same step, whichever heard it
-        for p in parameters:
-            if not hasattr(p, "device_mesh"):
-                dist.all_reduce(p.grad)
-                p.grad /= ranks
+    dist.all_reduce(shared)  # all stop at the same step, whichever heard it
+    for p in parameters:
+        if not hasattr(p, "device_mesh"):
+            dist.all_reduce(p.grad)
+            p.grad /= ranks
     return shared[0], bool(shared[1])
 
 
