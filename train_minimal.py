@@ -14,10 +14,10 @@ Read in this order: the model, checkpoints, the data, training, scoring, the com
 """
 
 import argparse
-import copy
+import contextlib
 import functools
 import hashlib
-import inspect
+import itertools
 import json
 import math
 import os
@@ -27,22 +27,18 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it; nothing here needs it
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from hyplora import (
-    HypLoRALinear,
     disable_hyplora,
     hyplora_parameters,
     hyplora_state_dict,
@@ -60,12 +56,14 @@ from hyplora import (
 
 @dataclass
 class Config:
+    """What config.json calls by these names, and the switches that tell the families apart."""
+
     vocab_size: int = 13
     hidden_size: int = 64
     intermediate_size: int = 176
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    num_key_value_heads: int = 0  # 0: one for each query head
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -73,13 +71,14 @@ class Config:
     o_bias: bool = False
     qk_norm: bool = False  # an RMSNorm on each head's query and key
     gemma: bool = False  # norms scale by 1 + weight and stand behind each part too; embeddings are scaled
-    activation: str = "silu"
+    activation: str = "silu"  # or another of ACTIVATIONS
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     layer_types: list = field(default_factory=list)  # empty: all "full_attention"
     sliding_window: int = 0  # how far back a "sliding_attention" layer sees
     rope: dict = field(default_factory=lambda: {"full_attention": {"rope_theta": 10000.0}})  # per layer type
 
     def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.attention_scale = self.attention_scale or self.head_dim**-0.5
         self.layer_types = self.layer_types or self.num_hidden_layers * ["full_attention"]
@@ -120,19 +119,30 @@ def rotate(x, cos, sin):
 
 
 def visible(queries, keys, window, pad, device):
-    """Which keys the last `queries` of `keys` positions may see: (batch or 1, 1, queries, keys), or None for all.
+    """Which keys the last `queries` of `keys` positions may see: (..., queries, keys), or None for all up to each.
 
     window: how many positions back, 0 for no limit. pad: (batch,) number of left-padding tokens, or None.
     """
-    if pad is None and queries == 1 and not 0 < window < keys:
+    if pad is None and queries in (1, keys) and not 0 < window < keys:
         return None
-    q, k = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
-    mask = (k <= q)[None, None]
-    if window:
-        mask = mask & (k > q - window)
+    k = torch.arange(keys, device=device)
+    q = k[-queries:, None]
+    mask = (k <= q) & (k > q - (window or keys))
     if pad is not None:
         mask = mask & (k >= pad[:, None, None, None]) | (k == q)  # padding sees itself: no row may be empty
     return mask
+
+
+class Past:
+    """Keys and values of the tokens before, for one block: no list, as FSDP2 hands copies of lists to a model."""
+
+    length = 0
+
+    def extend(self, k, v):
+        if self.length:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v, self.length = k, v, k.shape[2]
+        return k, v
 
 
 class Attention(nn.Module):
@@ -154,13 +164,15 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (batch, heads, T, head_dim)
-        if past is not None:  # the layer's key/value cache: [keys, values] of what came before, or empty
-            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v))) if past else (k, v)
-            past[:] = k, v
-        # Fewer key/value heads than query heads: each serves a group of them.
+        if past is not None:
+            k, v = past.extend(k, v)
         causal = mask is None and q.shape[2] > 1
+        # enable_gqa: where there are fewer key/value heads than query heads, each serves a group of them.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
@@ -169,12 +181,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-        self.tanh_gelu = c.activation == "gelu_pytorch_tanh"
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x):
-        gate = self.gate_proj(x)
-        gate = F.gelu(gate, approximate="tanh") if self.tanh_gelu else F.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -221,21 +231,19 @@ class GPT(nn.Module):
     def forward(self, ids, cache=None, pad=None):
         """Token ids (batch, T) -> logits (batch, T, vocab_size).
 
-        cache: one list per block, filled and extended in place; ids then continue what it holds.
+        cache: a Past for each block, extended in place; ids continue what it holds.
         pad: (batch,) how many tokens of left padding a row begins with.
         """
         c, x = self.config, self.model.embed_tokens(ids)
         if c.gemma:
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype, device=x.device)
-        past = cache[0][0].shape[2] if cache and cache[0] else 0
-        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        new, length = ids.shape[1], ids.shape[1] + (cache[0].length if cache else 0)
+        positions = torch.arange(length - new, length, device=ids.device)
         shared = {}  # what all blocks of one type share
         for kind in set(c.layer_types):
             cos, sin = rotary(c.rope[kind], positions, c.head_dim)
             window = c.sliding_window if kind == "sliding_attention" else 0
-            plain = past == 0 and pad is None and not 0 < window < ids.shape[1]  # plain causal attention, no mask
-            mask = None if plain else visible(ids.shape[1], past + ids.shape[1], window, pad, ids.device)
-            shared[kind] = cos.to(x.dtype), sin.to(x.dtype), mask
+            shared[kind] = cos.to(x.dtype), sin.to(x.dtype), visible(new, length, window, pad, ids.device)
         for i, (block, kind) in enumerate(zip(self.model.layers, c.layer_types)):
             arguments = (x, *shared[kind], cache[i] if cache else None)
             recompute = self.recompute and torch.is_grad_enabled()
@@ -248,7 +256,7 @@ class GPT(nn.Module):
 
         Ends early when every row has made a token of stop.
         """
-        cache, done, new = [[] for _ in self.model.layers], torch.zeros_like(ids[:, :1], dtype=torch.bool), ids
+        cache, done, new = [Past() for _ in self.model.layers], torch.zeros_like(ids[:, :1], dtype=torch.bool), ids
         stop = torch.tensor(stop, dtype=ids.dtype, device=ids.device)
         for _ in range(count):
             new = self(new, cache, pad)[:, -1:].argmax(dim=-1)
@@ -262,6 +270,12 @@ class GPT(nn.Module):
 # Checkpoints: a folder as the model hubs distribute it, with config.json, *.safetensors and tokenizer.json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
+def read_json(folder, name):
+    with open(os.path.join(folder, name)) as file:
+        return json.load(file)
 
 
 def need(module, purpose):
@@ -274,52 +288,45 @@ def need(module, purpose):
 
 def read_config(folder):
     """config.json of a supported family -> Config. Raises ValueError for what this model cannot do."""
-    with open(os.path.join(folder, "config.json")) as file:
-        c = json.load(file)
+    c = read_json(folder, "config.json")
     family = c.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{folder} is of the family {family!r}; supported are {', '.join(FAMILIES)}")
-    c = {**c, **c["text_config"]} if "text_config" in c else c  # Gemma 3 with a vision tower, which is left out
-    gemma, layers = family.startswith("gemma3"), c["num_hidden_layers"]
-    window = c.get("sliding_window") if family == "mistral" or gemma or c.get("use_sliding_window") else None
+    c = {**c, **c.get("text_config", {})}  # Gemma 3 with a vision tower, which is left out
+    c = {key: value for key, value in c.items() if value is not None}
+    gemma, biased = family.startswith("gemma3"), c.get("attention_bias", False)
+    window = c.get("sliding_window", 0) if family == "mistral" or gemma or c.get("use_sliding_window") else 0
     pattern = c.get("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
-    kinds = ("sliding_attention", "full_attention")
-    types = [kinds[not window or (gemma and (i + 1) % pattern == 0)] for i in range(layers)]
-    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
+    full = [not window or (gemma and (i + 1) % pattern == 0) for i in range(c["num_hidden_layers"])]
+    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 1e4), **c.get("rope_scaling", {})}
     if "rope_theta" in rope:  # one for all layers; older Gemma 3 files give the sliding ones their own base
         local = {"rope_theta": c.get("rope_local_base_freq", 1e4)} if gemma else rope
         rope = {"full_attention": rope, "sliding_attention": local}
-    rope = {kind: {"rope_type": r.get("type", "default"), **r} for kind, r in rope.items() if kind in kinds}
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    result = Config(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=c["num_attention_heads"],
-        num_key_value_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=head_dim,
-        rms_norm_eps=c.get("rms_norm_eps", 1e-6),
+    switches = dict(
         tie_word_embeddings=c.get("tie_word_embeddings", gemma),
-        qkv_bias=c.get("attention_bias", family == "qwen2") or family == "qwen2",
-        o_bias=bool(c.get("attention_bias")) and family != "qwen2",
+        qkv_bias=biased or family == "qwen2",
+        o_bias=biased and family != "qwen2",
         qk_norm=family == "qwen3" or gemma,
         gemma=gemma,
-        activation=c.get("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu"),
-        attention_scale=(c.get("query_pre_attn_scalar", 256) if gemma else head_dim) ** -0.5,
-        layer_types=c.get("layer_types") or types,
-        sliding_window=window or 0,
-        rope=rope,
+        activation=c.get("hidden_activation", "gelu_pytorch_tanh") if gemma else c.get("hidden_act", "silu"),
+        attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else 0,
+        layer_types=c.get("layer_types") or [LAYER_TYPES[i] for i in full],
+        sliding_window=window,
+        rope={kind: {"rope_type": r.get("type", "default"), **r} for kind, r in rope.items() if kind in LAYER_TYPES},
     )
-    refused = {
-        "rope_type": [r["rope_type"] for r in rope.values() if r["rope_type"] not in ("default", "linear", "llama3")],
-        "hidden_act": [a for a in [result.activation] if a not in ("silu", "gelu_pytorch_tanh")],
-        "layer_types": [kind for kind in result.layer_types if kind not in kinds],
-        **{key: [c[key]] for key in ("mlp_bias", "final_logit_softcapping", "attn_logit_softcapping") if c.get(key)},
+    result = Config(**{key: c[key] for key in Config.__dataclass_fields__ if key in c} | switches)
+    odd = {
+        "hidden_act": {result.activation} - set(ACTIVATIONS),
+        "layer_types": set(result.layer_types) - set(LAYER_TYPES),
+        "rope_type": {r["rope_type"] for r in result.rope.values()} - {"default", "linear", "llama3"},
+        **{
+            key: {c.get(key, False)} - {False}
+            for key in ("mlp_bias", "final_logit_softcapping", "attn_logit_softcapping")
+        },
     }
-    for key, values in refused.items():
+    for key, values in odd.items():
         if values:
-            raise ValueError(f"{folder}/config.json: {key} {values[0]!r} is not supported")
+            raise ValueError(f"{folder}/config.json: {key} {values.pop()!r} is not supported")
     return result
 
 
@@ -331,29 +338,28 @@ def load_checkpoint(model, folder):
     need("safetensors", "--checkpoint")
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-    stored = {
-        name: meta.size for name, meta in HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata.items()
-    }
+    reader = HuggingFaceStorageReader(folder)
+    stored = {name: tuple(x.size) for name, x in reader.read_metadata().state_dict_metadata.items()}
     if not stored:
         raise ValueError(f"{folder} holds no *.safetensors")
     # Models with a vision tower keep the decoder under a longer name.
     prefixes = ("model.", "language_model.model.", "model.language_model.")
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in stored), "model.")
-    wanted = {}
-    for name, p in model.named_parameters():
-        if not name.endswith(("lora_A", "lora_B", "log_K")):
-            name = name.replace(".base.", ".")
-            wanted[prefix + name[6:] if name.startswith("model.") else name] = p
+    wanted = {re.sub(r"^model\.", prefix, name): p for name, p in model.named_parameters()}
     beside = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.config.tie_word_embeddings else []))
-    other = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-    missing = sorted(set(wanted) - set(stored))
-    surplus = sorted(n for n in set(stored) - set(wanted) if not n.endswith(beside) and not n.startswith(other))
-    shapes = [n for n in wanted if n in stored and tuple(stored[n]) != tuple(wanted[n].shape)]
-    for what, names in (("misses", missing), ("holds unknown", surplus), ("holds in another shape", shapes)):
+    tower = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+    wrong = {
+        "misses": wanted.keys() - stored.keys(),
+        "holds unknown": {
+            n for n in stored.keys() - wanted.keys() if not n.endswith(beside) and not n.startswith(tower)
+        },
+        "holds in another shape": {n for n in stored.keys() & wanted.keys() if stored[n] != wanted[n].shape},
+    }
+    for what, names in wrong.items():
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{folder} {what}: {', '.join(names[:5])}{more}")
-    load(wanted, storage_reader=HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
+            raise ValueError(f"{folder} {what}: {', '.join(sorted(names)[:5])}{more}")
+    load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -363,7 +369,7 @@ def load_checkpoint(model, folder):
 IGNORE = -100
 VOCABULARY = "0123456789+-="
 ANSWER = 3  # digits
-TASKS = {"add": "a+b", "subtract": "a-b with a >= b", "two-step": "a+b-c with c <= a+b"}
+TASKS = {"add": "a+b", "subtract": "a-b", "two-step": "a+b-c"}  # no result is negative
 
 
 def operand_pairs(held_out):
@@ -386,21 +392,15 @@ def render(task, pairs, generator):
         a, b = torch.maximum(a, b), torch.minimum(a, b)
     most = (a + b).clamp(max=99) + 1
     c = (torch.rand(len(a), generator=generator) * most).long()
+    value = {"add": a + b, "subtract": a - b, "two-step": a + b - c}[task]
 
     def digits(number, count):  # lowest first
-        return [number // 10**i % 10 for i in range(count)]
+        return number[:, None] // 10 ** torch.arange(count) % 10
 
-    def sign(character):
-        return [torch.full_like(a, VOCABULARY.index(character))]
-
-    terms, value = {
-        "add": ([a, "+", b], a + b),
-        "subtract": ([a, "-", b], a - b),
-        "two-step": ([a, "+", b, "-", c], a + b - c),
-    }[task]
-    columns = [sign(term) if isinstance(term, str) else digits(term, 2)[::-1] for term in terms]
-    columns += [sign("="), digits(value, ANSWER)]
-    return torch.stack(sum(columns, []), dim=1)
+    terms = {"a": digits(a, 2).flip(1), "b": digits(b, 2).flip(1), "c": digits(c, 2).flip(1)}
+    signs = {sign: torch.full((len(a), 1), VOCABULARY.index(sign)) for sign in "+-="}
+    columns = [(terms | signs)[character] for character in TASKS[task] + "="]
+    return torch.cat([*columns, digits(value, ANSWER)], dim=1)
 
 
 def show(row):
@@ -445,18 +445,17 @@ class Bytes:
 
 
 class Tokens:
-    """A checkpoint's tokenizer.json; ends where its config.json says."""
+    """A checkpoint's tokenizer.json; ends where its generation_config.json or else its config.json says."""
 
     def __init__(self, folder):
-        path = os.path.join(folder, "tokenizer.json")
-        self.tokenizer = need("tokenizers", "--checkpoint with text").Tokenizer.from_file(path)
-        stop = None
-        for name in ("generation_config.json", "config.json"):
-            path = os.path.join(folder, name)
-            if stop is None and os.path.exists(path):
-                with open(path) as file:
-                    stop = json.load(file).get("eos_token_id")
-        self.stop = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+        tokenizers = need("tokenizers", "--checkpoint with text")
+        self.tokenizer = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        files = [
+            name for name in ("generation_config.json", "config.json") if os.path.exists(os.path.join(folder, name))
+        ]
+        stops = [read_json(folder, name).get("eos_token_id") for name in files]
+        stop = next((stop for stop in stops if stop is not None), ())
+        self.stop = (stop,) if isinstance(stop, int) else tuple(stop)
 
     def encode(self, text):
         return self.tokenizer.encode(text).ids
@@ -471,7 +470,23 @@ TEMPLATE = (  # of the paper's code and of Alpaca before it
 )
 
 
-def read_records(path, vocabulary, cutoff, on_bad="skip", say=print):
+def read_record(raw, vocabulary, cutoff):
+    """A record, or the line that holds it, with prompt and target token ids. Raises ValueError if it cannot be used."""
+    record = json.loads(raw) if isinstance(raw, str) else raw
+    if not isinstance(record, dict):
+        raise ValueError(f"a record has fields, and this is {json.dumps(record)[:20]}")
+    for key in ("instruction", "output", "answer"):
+        if not str(record.get(key) or "").strip():
+            raise ValueError(f"{key} is missing or empty")
+    more = f"### Input:\n{record['input'].strip()}\n\n" if record.get("input") else ""
+    prompt = vocabulary.encode(TEMPLATE.format(instruction=record["instruction"].strip(), input=more))
+    target = [*vocabulary.encode(record["output"].strip()), *vocabulary.stop[:1]]
+    if len(prompt) + len(target) > cutoff:
+        raise ValueError(f"{len(prompt) + len(target)} tokens, and --cutoff is {cutoff}")
+    return {**record, "prompt_ids": prompt, "target_ids": target}
+
+
+def read_records(path, vocabulary, cutoff, on_bad="skip"):
     """A JSON list or JSON lines of {instruction, input, output, answer} -> those with prompt and target token ids.
 
     Whatever is wrong with a record is said with its position; on_bad "stop" ends the run there, "skip" goes on.
@@ -483,81 +498,54 @@ def read_records(path, vocabulary, cutoff, on_bad="skip", say=print):
         raw = raw if isinstance(raw, list) else [raw]
     except json.JSONDecodeError:
         raw = [line for line in text.splitlines() if line.strip()]
-    good, bad = [], 0
+    good = []
     for position, record in enumerate(raw, 1):
         try:
-            record = json.loads(record) if isinstance(record, str) else record
-            missing = [k for k in ("instruction", "output", "answer") if not str(record.get(k) or "").strip()]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing or empty")
-            more = f"### Input:\n{record['input'].strip()}\n\n" if record.get("input") else ""
-            prompt = vocabulary.encode(TEMPLATE.format(instruction=record["instruction"].strip(), input=more))
-            target = [*vocabulary.encode(record["output"].strip()), *vocabulary.stop[:1]]
-            if len(prompt) + len(target) > cutoff:
-                raise ValueError(f"{len(prompt) + len(target)} tokens, and --cutoff is {cutoff}")
-            good.append({**record, "prompt_ids": prompt, "target_ids": target})
+            good.append(read_record(record, vocabulary, cutoff))
         except (ValueError, AttributeError) as error:
-            bad += 1
             if on_bad == "stop":
                 sys.exit(f"{path}, record {position}: {error} (--on-bad skip goes on)")
-            if bad <= 3:
+            if position - len(good) <= 3:
                 say(f"{path}, record {position}: {error}: left out")
+    bad = len(raw) - len(good)
     say(f"{path}: {len(good)} records" + (f", {bad} left out" if bad else ""))
     if not good:
-        sys.exit(
-            f"{path} holds no usable record: it takes a JSON list or JSON lines of instruction, input, output, answer"
-        )
+        takes = "it takes a JSON list or JSON lines of instruction, input, output, answer"
+        sys.exit(f"{path} holds no usable record: {takes}")
     return good
 
 
 def record_batches(records, batch_size, seed, loss_on="answer"):
     """Batches of records of similar length, in another order each epoch."""
-
-    length = [len(r["prompt_ids"]) + len(r["target_ids"]) for r in records]
+    ids = [torch.tensor(r["prompt_ids"] + r["target_ids"]) for r in records]
+    labels = [tokens.clone() for tokens in ids]
+    if loss_on == "answer":
+        for record, tokens in zip(records, labels):
+            tokens[: len(record["prompt_ids"])] = IGNORE
 
     @functools.lru_cache(maxsize=1)
     def plan(epoch):
         generator = seeded(seed, epoch)
         order = torch.randperm(len(records), generator=generator).tolist()
         chunk = 50 * batch_size  # sorted within chunks: alike in length, and still shuffled
-        order = sum((sorted(order[i : i + chunk], key=length.__getitem__) for i in range(0, len(order), chunk)), [])
+        for i in range(0, len(order), chunk):
+            order[i : i + chunk] = sorted(order[i : i + chunk], key=lambda record: len(ids[record]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def batch(step):
         epoch, place = divmod(step, -(-len(records) // batch_size))
-        numbers = plan(epoch)[place]
-        chosen = [records[i] for i in numbers]
-        ids = torch.zeros(len(chosen), max(length[i] for i in numbers) - 1, dtype=torch.long)
-        labels = torch.full_like(ids, IGNORE)
-        for row, record in enumerate(chosen):
-            prompt, whole = record["prompt_ids"], torch.tensor(record["prompt_ids"] + record["target_ids"])
-            ids[row, : len(whole) - 1] = whole[:-1]
-            first = 0 if loss_on == "all" else len(prompt) - 1
-            labels[row, first : len(whole) - 1] = whole[first + 1 :]
-        return ids, labels
+        chosen = plan(epoch)[place]
+        return (
+            pad_sequence([ids[i][:-1] for i in chosen], batch_first=True),
+            pad_sequence([labels[i][1:] for i in chosen], batch_first=True, padding_value=IGNORE),
+        )
 
     return batch
 
 
 # ---------------------------------------------------------------------------------------------------
 # Training
-
-
-class Progress:
-    """One line that is rewritten on a terminal; elsewhere a plain line every tenth of the way."""
-
-    def __init__(self, label, total, first=0):
-        self.label, self.total, self.first, self.start = label, total, first, time.perf_counter()
-
-    def __call__(self, done, what=""):
-        last, live = done == self.total, sys.stdout.isatty()
-        if not is_main() or not (last or done % (10 if live else max(1, self.total // 10)) == 0):
-            return
-        left = (time.perf_counter() - self.start) * (self.total - done) / (done - self.first)
-        what = f"loss {what.item():.4f}" if torch.is_tensor(what) else what
-        line = f"{self.label:<22} {done}/{self.total}  {what}  {left:3.0f} s left"
-        print(f"\r{line:<78}" if live else line, end="\n" if last or not live else "", flush=True)
 
 
 def is_main():
@@ -567,6 +555,25 @@ def is_main():
 def say(text):
     if is_main():
         print(text, flush=True)
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a plain line every tenth of the way."""
+
+    def __init__(self, label, total, seconds=0.0):
+        self.label, self.total, self.start = label, total, time.perf_counter() - seconds
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def __call__(self, done, what=""):
+        last, live = done == self.total, sys.stdout.isatty()
+        if not is_main() or not (last or done % (10 if live else max(1, self.total // 10)) == 0):
+            return
+        left = self.seconds() * (self.total - done) / done
+        what = f"loss {what.item():.4f}" if torch.is_tensor(what) else what
+        line = f"{self.label:<22} {done}/{self.total}  {what}  {left:3.0f} s left"
+        print(f"\r{line:<78}" if live else line, end="\n" if last or not live else "", flush=True)
 
 
 def answer_loss(model, ids, labels):
@@ -583,76 +590,65 @@ def save_state(path, state):
         sys.exit(f"\ncould not write {path}: {error}. What was saved there last is whole; --resume goes on from it")
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM are heard at the end of a step, when the state is whole; a second one acts at once."""
+@contextlib.contextmanager
+def interrupts():
+    """A list that Ctrl-C and SIGTERM fill, to be read after a step, when the state is whole; a second one acts now."""
+    heard, before = [], {}
 
-    def __enter__(self):
-        self.heard, self.before = False, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        for s in self.before:
-            signal.signal(s, self.hear)
-        return self
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def hear(self, *_):
-        self.heard = True
-        self.__exit__()
+    def hear(number, frame):
+        heard.append(number)
+        restore()
 
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def write_state(path, model, optimizer, step, seconds):
-    """All that a run needs to go on: adapters, optimizer, step. All processes must call it, as parts may be sharded."""
-    whole = StateDictOptions(full_state_dict=True)
-    adapters, moments = hyplora_state_dict(model), get_optimizer_state_dict(model, optimizer, options=whole)
-    if any(not t.isfinite().all() for name, t in adapters.items() if not name.endswith("log_K")):
-        sys.exit(f"\nthe adapters are not finite at step {step}; {path} holds the last ones that were")
-    if is_main():
-        save_state(path, {"adapters": adapters, "optimizer": moments, "step": step, "seconds": seconds})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        restore()
 
 
-def read_state(path, model, optimizer):
-    """(step, seconds) of what write_state wrote, which goes into the adapters and the optimizer."""
+def gradients(loss_of, model, parameters, ids, labels, accumulate, heard):
+    """Sets each p.grad to that of the mean loss over the labels. Returns (this loss, whether a signal was heard).
+
+    Each process of a torchrun takes its share of the rows, in `accumulate` parts, and all get the sum over all.
+    """
+    device = parameters[0].device
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    parts, count, total = ranks * accumulate, (labels != IGNORE).sum(), 0.0
+    more = (0, 0, 0, -len(ids) % parts)  # rows without a label: the parts are alike, and no process is without one
+    ids, labels = F.pad(ids, more).to(device), F.pad(labels, more, value=IGNORE).to(device)
+    for part in range(rank, parts, ranks):
+        loss = loss_of(model, ids[part::parts], labels[part::parts]) / count
+        loss.backward()
+        total = total + loss.detach()
+    if ranks > 1:  # in one message, also whether to stop: all do so after the same step, whichever heard it
+        stop = torch.tensor(float(bool(heard)), device=device)
+        shared = [total, stop, *(p.grad for p in parameters)]
+        vector = parameters_to_vector(shared)
+        dist.all_reduce(vector)
+        vector_to_parameters(vector, shared)
+        heard = stop.item()
+    return total, bool(heard)
+
+
+def check_finite(loss, parameters, where, state):
+    """Ends the run before anything broken is saved."""
+    what = f"the loss is {loss.item()}" if not loss.isfinite() else "the weights are not finite"
+    if not all(x.isfinite().all() for x in (loss, *parameters)):
+        kept = f" {state} holds the last good state, if one was saved" if state else ""
+        sys.exit(f"\n{where}: {what}: lower --lr, or look at the data.{kept}")
+
+
+def load_state(path, model, optimizer):
+    """(steps done, seconds they took) of the state in path, which the adapters and the optimizer get."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     set_hyplora_state_dict(model, saved["adapters"])
-    whole = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=whole)
+    optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["seconds"]
-
-
-def processes():
-    """(how many, the number of this one)"""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def add_gradients(model, loss_of, ids, labels, accumulate):
-    """Gradients of the loss, the mean over the labels of the whole batch; returns what this process computed of it.
-
-    Every process of a torchrun gets its share of the rows, cut again into `accumulate` parts: neither changes the
-    result, up to rounding. Where there are fewer rows than parts, a part is empty: sharded models compute together.
-    """
-    device, (ranks, rank) = next(model.parameters()).device, processes()
-    count, total = (labels != IGNORE).sum(), 0.0
-    for part in range(rank, ranks * accumulate, ranks):
-        rows = slice(part, None, ranks * accumulate)
-        loss = loss_of(model, ids[rows].to(device), labels[rows].to(device)) / count
-        (loss * ranks).backward()  # as what is averaged over the processes is their sum, then
-        total = total + loss.detach()
-    return total
-
-
-def average(parameters, total, heard):
-    """(loss of all processes, whether one of them was interrupted); gradients become the mean, unless FSDP2 did it."""
-    ranks = processes()[0]
-    if ranks == 1:
-        return total, heard
-    shared = torch.stack([total, torch.tensor(float(heard), device=total.device)])
-    dist.all_reduce(shared)  # all stop at the same step, whichever heard it
-    for p in parameters:
-        if not hasattr(p, "device_mesh"):
-            dist.all_reduce(p.grad)
-            p.grad /= ranks
-    return shared[0], bool(shared[1])
 
 
 def train(model, parameters, batch, steps, lr, seed, label, *, warmup=20, accumulate=1, compile=False, state=None,
@@ -662,45 +658,43 @@ def train(model, parameters, batch, steps, lr, seed, label, *, warmup=20, accumu
     With a state file, the adapters and the optimizer are written there every save_every steps, and with resume read
     from there; all else depends on the step alone, so that a resumed run ends where an uninterrupted one does.
     """
-    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first, seconds, tokens = 0, 0.0, 0
     if resume and state and os.path.exists(state):
-        first, seconds = read_state(state, model, optimizer)
+        first, seconds = load_state(state, model, optimizer)
         say(f"{label}: going on from step {first} of {state}")
     loss_of = torch.compile(answer_loss) if compile else answer_loss
-    progress = Progress(label, steps, first)
-    model.train()
-    if device.type == "cuda":
+    progress = Progress(label, steps, seconds)
+    if parameters[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    with Interrupt() as interrupt:
+    model.train()
+    with interrupts() as heard:
         for step in range(first, steps):
             torch.manual_seed(seeded(seed, step, "dropout").initial_seed())
             ids, labels = batch(step)
+            loss, stop = gradients(loss_of, model, parameters, ids, labels, accumulate, heard)
             tokens += ids.numel()
-            total = add_gradients(model, loss_of, ids, labels, accumulate)
-            total, heard = average(parameters, total, interrupt.heard)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1)
             optimizer.step()
             optimizer.zero_grad()
-            progress(step + 1, total)
-            saves = heard or step + 1 == steps or save_every and (step + 1) % save_every == 0
-            if (saves or step % 50 == 0) and not total.isfinite():
-                kept = f" {state} holds the last good state, if one was saved" if state else ""
-                what = f"the loss is {total.item()} at step {step + 1}: lower --lr, or look at the data."
-                sys.exit(f"\n{label}: {what}{kept}")
-            if state and saves:
-                write_state(state, model, optimizer, step + 1, seconds + time.perf_counter() - progress.start)
-            if heard:
+            done = step + 1
+            progress(done, loss)
+            saves = stop or done == steps or save_every and done % save_every == 0
+            if saves or step % 50 == 0:
+                check_finite(loss, parameters, f"{label}, step {done}", state)
+            if saves and state and is_main():
+                content = {"adapters": hyplora_state_dict(model), "optimizer": optimizer.state_dict()}
+                save_state(state, {**content, "step": done, "seconds": progress.seconds()})
+            if stop:
                 go_on = f"saved to {state}; the same command with --resume goes on" if state else "nothing to save"
-                say(f"\n{label}: stopped at step {step + 1}, {go_on}")
+                say(f"\n{label}: stopped at step {done}, {go_on}")
                 sys.exit(130)
-    if device.type == "cuda":
-        speed = tokens / (time.perf_counter() - progress.start)
-        say(f"{label}: {speed:.0f} tokens/s, at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GB on this GPU")
-    return seconds + time.perf_counter() - progress.start
+    if parameters[0].is_cuda:
+        speed, peak = tokens / (progress.seconds() - seconds), torch.cuda.max_memory_allocated() / 2**30
+        say(f"{label}: {speed:.0f} tokens/s, at most {peak:.1f} GB on this GPU")
+    return progress.seconds()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -715,6 +709,19 @@ def score_sums(model, task, device):
     right = (model.generate(rows[:, :-ANSWER], ANSWER) == rows).all(dim=1)
     loss = answer_loss(model, *shifted(rows)) / (len(rows) * ANSWER)
     return 100 * right.float().mean().item(), loss.item()
+
+
+@torch.no_grad()
+def loss_on_records(model, records, device):
+    """Loss per token of the answers."""
+    model.eval()
+    total = count = 0
+    batch = record_batches(records, 16, 0)
+    for step in range(-(-len(records) // 16)):
+        ids, labels = batch(step)
+        total += answer_loss(model, ids.to(device), labels.to(device)).item()
+        count += (labels != IGNORE).sum().item()
+    return total / count
 
 
 def is_right(output, answer):
@@ -734,14 +741,12 @@ def score_records(model, records, vocabulary, batch_size, count, device, label):
     answers, right, progress = [""] * len(records), 0, Progress(label, len(records))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width = max(len(records[i]["prompt_ids"]) for i in chosen)
-        pad = torch.tensor([width - len(records[i]["prompt_ids"]) for i in chosen], device=device)
-        ids = torch.tensor(
-            [[0] * (width - len(p)) + p for p in (records[i]["prompt_ids"] for i in chosen)], device=device
-        )
+        prompts = [torch.tensor(records[i]["prompt_ids"], device=device) for i in chosen]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        width = ids.shape[1]
+        pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
         for i, row in zip(chosen, model.generate(ids, count, pad, vocabulary.stop)[:, width:].tolist()):
-            end = next((n for n, token in enumerate(row) if token in vocabulary.stop), len(row))
-            answers[i] = vocabulary.decode(row[:end])
+            answers[i] = vocabulary.decode(list(itertools.takewhile(lambda token: token not in vocabulary.stop, row)))
             right += is_right(answers[i], records[i]["answer"])
         progress(start + len(chosen), f"{right} right")
     return right, answers
@@ -771,7 +776,7 @@ def table(rows, total):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The base model, and one adapter on it
+# The base model, what it learns, and one adapter on it
 
 
 def keyed(*shaped_by):
@@ -779,13 +784,41 @@ def keyed(*shaped_by):
     return hashlib.sha256(repr((shaped_by, torch.__version__)).encode()).hexdigest()[:12]
 
 
+def shard(model, device):
+    """FSDP2: each process keeps a part of every block, and gathers a block when it computes it.
+
+    This is for the frozen base: adapters that are injected later stay whole on every process.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def from_checkpoint(args, device):
+    """The checkpoint's model on the device, frozen; sharded before any weight takes memory."""
+    with torch.device("meta"):
+        model = GPT(read_config(args.checkpoint)).to(getattr(torch, args.dtype)).requires_grad_(False)
+    model = (shard(model, device) if args.shard else model).to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty parts them
+    load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def tiny(args, vocab_size):
+    """The configuration of the GPT made here."""
+    hidden = -(-args.width * 8 // 3 // 16) * 16
+    return Config(vocab_size, args.width, hidden, args.layers, args.heads, max(1, args.heads // 2))
+
+
 def pretrained_base(args, config, batch, what, device):
-    """A GPT trained from scratch on the batches, from the cache if everything that shapes it is as it was."""
+    """A GPT trained from scratch on the batches, from the cache if all that shapes it, this file too, is as it was."""
     recipe = dict(steps=args.base_steps, lr=5e-3, seed=0)
-    model_parts = (GPT, Block, Attention, MLP, RMSNorm, rotary, rotate, visible)
-    parts = (*model_parts, operand_pairs, render, shifted, seeded, sum_batches, record_batches, answer_loss, train)
-    key = keyed(asdict(config), recipe, what, device.type, [inspect.getsource(part) for part in parts])
-    path = os.path.join(args.out, f"base-{key}.pt")
+    with open(__file__, "rb") as file:
+        path = os.path.join(args.out, f"base-{keyed(config, recipe, what, device.type, file.read())}.pt")
     torch.manual_seed(0)
     model = GPT(config).to(device)
     if os.path.exists(path):
@@ -795,77 +828,94 @@ def pretrained_base(args, config, batch, what, device):
         train(model, model.parameters(), batch, label=f"base: learning {what[0]}", **recipe)
         if is_main():
             save_state(path, model.state_dict())
-    return model.requires_grad_(False)
+    model.requires_grad_(False).to(getattr(torch, args.dtype))
+    return shard(model, device) if args.shard else model
 
 
-def shard(model):
-    """FSDP2: each process keeps a part of every block, and gathers a block when it computes it."""
-    from torch.distributed.fsdp import fully_shard
+def sums(args, device):
+    """The sanity check: (base, the batches of a seed, steps, evaluate)."""
+    base = pretrained_base(args, tiny(args, len(VOCABULARY)), sum_batches("add", 256, 0), ("a+b",), device)
+    before = score_sums(base, "add", device)[0]
 
-    for block in model.model.layers:
-        fully_shard(block)
-    return fully_shard(model)
+    def evaluate(model, name=None):
+        new, loss = score_sums(model, args.task, device)
+        metrics = {f"loss, {args.task}": loss, f"% {args.task}": new, "% add": score_sums(model, "add", device)[0]}
+        if name:
+            with disable_hyplora(model):
+                off = score_sums(model, "add", device)[0]
+            if off != before:
+                raise RuntimeError("with its adapter disabled the model is not the base any more")
+        return {**metrics, "% add, adapter off": before}
 
-
-def from_checkpoint(args, device, prepare=lambda model: model):
-    """The checkpoint's model on the device; prepare may inject and shard it before any weight takes memory."""
-    with torch.device("meta"):
-        model = GPT(read_config(args.checkpoint)).to(getattr(torch, args.dtype))
-    model = prepare(model.requires_grad_(False)).to_empty(device=device)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty parts them
-    load_checkpoint(model, args.checkpoint)
-    return model
+    return base, functools.partial(sum_batches, args.task, args.batch_size), args.steps or 500, evaluate
 
 
-def inject(model, args, curvature, seed):
-    """Adapters that the seed alone determines, on a device or (their base still weightless) on the CPU."""
-    options = dict(rank=args.rank, alpha=args.alpha, dropout=args.dropout, curvature=curvature)
-    inject_hyplora(model, args.targets, **options)
-    torch.manual_seed(seed)
-    layers = [layer for layer in model.modules() if isinstance(layer, HypLoRALinear)]
-    for layer in layers:
-        for name, p in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad))
-        layer.reset_parameters()
-    return hyplora_state_dict(model), layers
-
-
-def adapt(base, fresh, args, batch, steps, curvature, seed, evaluate, device):
-    """Train one adapter: (the adapted model, one row of the table)."""
-    name = "LoRA" if curvature == math.inf else f"HypLoRA {curvature:g}"
-    start = {}
-
-    def prepare(model):
-        start.update(inject(model, args, curvature, seed)[0])
-        return shard(model)
-
-    if args.shard:
-        model = fresh(prepare)
-        set_hyplora_state_dict(model, start)
+def text(args, device):
+    """Real data, on a checkpoint or on a byte-level GPT that has read the questions: as sums() returns."""
+    vocabulary = Tokens(args.checkpoint) if args.checkpoint else Bytes()
+    read = functools.partial(read_records, vocabulary=vocabulary, cutoff=args.cutoff, on_bad=args.on_bad)
+    records, tests = read(args.data), {path: read(path) for path in args.eval}
+    if args.checkpoint:
+        base = from_checkpoint(args, device)
     else:
-        model = base
-        for layer in inject(model, args, curvature, seed)[1]:
-            layer.to(device)
-    model.recompute = args.recompute
-    groups = hyplora_parameters(model)
+        batch = record_batches([{**r, "target_ids": []} for r in records], args.batch_size, 0, loss_on="all")
+        what = ("the questions", args.batch_size, [r["prompt_ids"] for r in records])
+        base = pretrained_base(args, tiny(args, Bytes.size), batch, what, device)
+
+    def evaluate(model, name="base"):
+        metrics, rights = {"loss": loss_on_records(model, next(iter(tests.values()), records)[:64], device)}, 0
+        for path, test in tests.items():
+            file = os.path.basename(path)
+            batching = args.eval_batch_size, args.max_new_tokens, device, f"{name}: {file}"
+            right, answers = score_records(model, test, vocabulary, *batching)
+            metrics[f"% {os.path.splitext(file)[0]}"] = 100 * right / len(test)
+            rights += right
+            say(f"  for example: {answers[0][:200]!r}, where {test[0]['answer']} is right")
+        if tests:
+            metrics["M.AVG"] = 100 * rights / sum(map(len, tests.values()))
+        return metrics
+
+    steps = args.steps or args.epochs * -(-len(records) // args.batch_size)
+    return base, lambda seed: record_batches(records, args.batch_size, seed, args.loss_on), steps, evaluate
+
+
+def adapt(base, args, batch, steps, curvature, seed, evaluate):
+    """Inject, train and save one adapter: (its file, its row of the table)."""
+    name = "LoRA" if curvature == math.inf else f"HypLoRA {curvature:g}"
+    torch.manual_seed(seed)
+    names = inject_hyplora(
+        base, args.targets, rank=args.rank, alpha=args.alpha, dropout=args.dropout, curvature=curvature
+    )
+    groups, layers = hyplora_parameters(base), [base.get_submodule(name) for name in names]
     skip = ("resume", "save_every", "out", "seed", "seeds", "curvature", "adapter", "eval")
     key = keyed({k: v for k, v in vars(args).items() if k not in skip}, curvature, seed)
-    seconds = train(
-        model, groups, batch(seed), steps, args.lr, seed, f"{name}, seed {seed}", warmup=args.warmup,
-        accumulate=args.accumulate, compile=args.compile, save_every=args.save_every, resume=args.resume,
-        state=os.path.join(args.out, f"state-{key}.pt"),
-    )  # fmt: skip
-    K = {
-        name.removesuffix(".log_K"): v.exp().item() for name, v in hyplora_state_dict(model).items() if "log_K" in name
-    }
-    return model, {
+    how = {k: getattr(args, k) for k in ("warmup", "accumulate", "compile", "save_every", "resume")}
+    how["state"] = os.path.join(args.out, f"state-{key}.pt")
+    seconds = train(base, groups, batch(seed), steps, args.lr, seed, f"{name}, seed {seed}", **how)
+    row = {
         "name": name,
         "trainable": sum(p.numel() for group in groups for p in group["params"]),
-        "metrics": evaluate(model, name),
+        "metrics": evaluate(base, name),
         "seconds": seconds,
-        "K": [value / model.get_submodule(name).in_features for name, value in K.items()],
+        "K": [layer.K.item() / layer.in_features for layer in layers],
     }
+    learned = os.path.splitext(os.path.basename(args.data or args.task))[0]
+    path = os.path.join(args.out, f"{learned}-{name.replace(' ', '-').lower()}-seed{seed}.pt")
+    if is_main():
+        save_hyplora(base, path)
+    return path, row
+
+
+def reload(base, path, task, device):
+    """Takes the adapter from the base, loads the saved one, and shows that it answers as the trained one did."""
+    asked = render(task, operand_pairs(held_out=True), torch.Generator().manual_seed(1))[::200].to(device)
+    before = base.generate(asked[:, :-ANSWER], ANSWER)
+    load_hyplora(remove_hyplora(base), path)
+    answers = base.generate(asked[:, :-ANSWER], ANSWER)
+    if not torch.equal(answers, before):
+        raise RuntimeError(f"the adapter that was loaded from {path} answers otherwise than the one that was saved")
+    marks = ["" if torch.equal(answer, right) else " (wrong)" for answer, right in zip(answers, asked)]
+    say("Loaded into the bare base, it answers: " + ", ".join(show(a) + m for a, m in zip(answers, marks)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -885,6 +935,77 @@ def positive(kind):
     return parse
 
 
+NEW_TASKS = {name: formula for name, formula in TASKS.items() if name != "add"}
+OPTIONS = {
+    "what to learn": {
+        "--task": dict(
+            choices=NEW_TASKS, default="subtract", help="; ".join(f"{k}: {v}" for k, v in NEW_TASKS.items())
+        ),
+        "--data": dict(
+            metavar="FILE", help="learn this instead: JSON list or lines of instruction, input, output, answer"
+        ),
+        "--eval": dict(nargs="+", default=[], metavar="FILE", help="score the answers to these, by the paper's rules"),
+        "--adapter": dict(choices=["lora", "hyplora", "both"], default="both", help="which adapters to train"),
+        "--recipe": dict(
+            choices=["paper"], help="the published rank, targets, learning rate, batches, epochs and cutoff"
+        ),
+    },
+    "the adapter": {
+        "--rank": dict(type=positive(int), default=8, help="rank of BA"),
+        "--alpha": dict(type=positive(float), default=16.0, help="the update is scaled by alpha / rank"),
+        "--curvature": dict(
+            type=positive(float),
+            nargs="+",
+            default=[0.5],
+            metavar="K",
+            help="K in units of the layer's width, where HypLoRA starts; several values give one row each",
+        ),
+        "--dropout": dict(type=float, default=0.0, help="on the adapter's input"),
+        "--targets": dict(nargs="+", default=["all-linear"], help="name endings of the layers to adapt, or all-linear"),
+    },
+    "training": {
+        "--lr": dict(type=positive(float), default=5e-3, help="peak learning rate"),
+        "--warmup": dict(type=positive(int), default=20, help="steps of linear warm-up"),
+        "--steps": dict(
+            type=positive(int), help="optimizer steps of each adapter (default: 500, or --epochs of --data)"
+        ),
+        "--epochs": dict(type=positive(int), default=3, help="passes over --data"),
+        "--batch-size": dict(type=positive(int), default=64, help="sums or records per step"),
+        "--accumulate": dict(type=positive(int), default=1, help="parts in which a batch is computed, to save memory"),
+        "--seed": dict(type=int, default=0, help="of the adapter's start and of its batches"),
+        "--seeds": dict(type=positive(int), default=1, help="number of seeds, from --seed on: mean ± deviation"),
+        "--save-every": dict(type=positive(int), default=200, help="steps between two saves of the state"),
+        "--resume": dict(action="store_true", help="go on from the state that the same command saved"),
+    },
+    "text, with --data": {
+        "--cutoff": dict(type=positive(int), default=1024, help="longest record, in tokens"),
+        "--loss-on": dict(choices=["answer", "all"], default="answer", help="tokens that are learned"),
+        "--on-bad": dict(choices=["skip", "stop"], default="skip", help="what a record that cannot be used does"),
+        "--max-new-tokens": dict(type=positive(int), default=256, help="longest answer when scoring"),
+        "--eval-batch-size": dict(type=positive(int), default=32, help="answers generated at a time"),
+    },
+    "the base model": {
+        "--checkpoint": dict(
+            metavar="DIR", help=f"config.json, *.safetensors, tokenizer.json of {', '.join(FAMILIES)}"
+        ),
+        "--width": dict(type=positive(int), default=64, help="hidden size of the GPT made here"),
+        "--layers": dict(type=positive(int), default=3, help="its transformer blocks"),
+        "--heads": dict(type=positive(int), default=4, help="its query heads, half as many key/value heads"),
+        "--base-steps": dict(type=positive(int), default=500, help="its optimizer steps from scratch"),
+    },
+    "where and how it runs": {
+        "--device": dict(
+            choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one"
+        ),
+        "--dtype": dict(
+            choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters are float32"
+        ),
+        "--compile": dict(action="store_true", help="torch.compile the training step (needs a C++ compiler)"),
+        "--recompute": dict(action="store_true", help="activation checkpointing: less memory, a third more time"),
+        "--shard": dict(action="store_true", help="under torchrun: FSDP2 spreads the base over the processes"),
+        "--out": dict(default="runs", help="folder for the cached base, the states and the adapters"),
+    },
+}
 PAPER = dict(  # the published recipe; alpha is twice the rank as in the code that the paper builds on
     rank=32, alpha=64.0, lr=3e-4, warmup=100, batch_size=16, epochs=3, cutoff=256,
     targets=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
@@ -898,55 +1019,10 @@ def parse_arguments(argv=None):
         "or adapt a real checkpoint to real data.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    new_tasks = {name: formula for name, formula in TASKS.items() if name != "add"}
-    add = parser.add_argument_group("what to learn").add_argument
-    add("--task", choices=new_tasks, default="subtract", help="; ".join(f"{k}: {v}" for k, v in new_tasks.items()))
-    add("--data", metavar="FILE", help="learn this instead: JSON list or lines of instruction, input, output, answer")
-    add("--eval", nargs="+", default=[], metavar="FILE", help="score the answers to these, by the paper's rules")
-    add("--adapter", choices=["lora", "hyplora", "both"], default="both", help="which adapters to train")
-    add("--recipe", choices=["paper"], help="the published rank, targets, learning rate, batches, epochs and cutoff")
-    add = parser.add_argument_group("the adapter").add_argument
-    add("--rank", type=positive(int), default=8, help="rank of BA")
-    add("--alpha", type=positive(float), default=16.0, help="the update is scaled by alpha / rank")
-    help_K = "K in units of the layer's width, where HypLoRA starts; several values give one row each"
-    add("--curvature", type=positive(float), nargs="+", default=[0.5], metavar="K", help=help_K)
-    add("--dropout", type=float, default=0.0, help="on the adapter's input")
-    add("--targets", nargs="+", default=["all-linear"], help="name endings of the layers to adapt, or all-linear")
-    add = parser.add_argument_group("training").add_argument
-    add("--lr", type=positive(float), default=5e-3, help="peak learning rate")
-    add("--warmup", type=positive(int), default=20, help="steps of linear warm-up")
-    add("--steps", type=positive(int), help="optimizer steps of each adapter (default: 500, or --epochs of --data)")
-    add("--epochs", type=positive(int), default=3, help="passes over --data")
-    add("--batch-size", type=positive(int), default=64, help="sums or records per step")
-    add("--accumulate", type=positive(int), default=1, help="parts in which a batch is computed, to save memory")
-    add("--seed", type=int, default=0, help="of the adapter's start and of its batches")
-    add(
-        "--seeds",
-        type=positive(int),
-        default=1,
-        help="number of seeds, from --seed on; the table shows mean ± deviation",
-    )
-    add("--save-every", type=positive(int), default=200, help="steps between two saves of the state")
-    add("--resume", action="store_true", help="go on from the state that the same command saved")
-    add = parser.add_argument_group("text, with --data").add_argument
-    add("--cutoff", type=positive(int), default=1024, help="longest record, in tokens")
-    add("--loss-on", choices=["answer", "all"], default="answer", help="tokens that are learned")
-    add("--on-bad", choices=["skip", "stop"], default="skip", help="what a record that cannot be used does")
-    add("--max-new-tokens", type=positive(int), default=256, help="longest answer when scoring")
-    add("--eval-batch-size", type=positive(int), default=32, help="answers generated at a time")
-    add = parser.add_argument_group("the base model").add_argument
-    add("--checkpoint", metavar="DIR", help=f"config.json, *.safetensors, tokenizer.json of {', '.join(FAMILIES)}")
-    add("--width", type=positive(int), default=64, help="hidden size of the GPT made here")
-    add("--layers", type=positive(int), default=3, help="its transformer blocks")
-    add("--heads", type=positive(int), default=4, help="its query heads, half as many key/value heads")
-    add("--base-steps", type=positive(int), default=500, help="its optimizer steps from scratch")
-    add = parser.add_argument_group("where and how it runs").add_argument
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters are float32")
-    add("--compile", action="store_true", help="torch.compile the training step (needs a C++ compiler)")
-    add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
-    add("--shard", action="store_true", help="under torchrun: FSDP2 spreads the base over the processes")
-    add("--out", default="runs", help="folder for the cached base, the states and the adapters")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, settings in options.items():
+            group.add_argument(name, **settings)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**(TEXT if known.data else {}) | (PAPER if known.recipe else {}))
     args = parser.parse_args(argv)
@@ -961,114 +1037,41 @@ def parse_arguments(argv=None):
     return args
 
 
-def tiny(args, vocab_size):
-    """The configuration of the GPT made here."""
-    hidden = -(-args.width * 8 // 3 // 16) * 16
-    return Config(vocab_size, args.width, hidden, args.layers, args.heads, max(1, args.heads // 2))
-
-
-def sums(args, device):
-    """The sanity check: (base, what batches are, steps, evaluate)."""
-    base = pretrained_base(args, tiny(args, len(VOCABULARY)), sum_batches("add", 256, 0), ("a+b",), device)
-    base = base.to(getattr(torch, args.dtype))
-    before = score_sums(base, "add", device)[0]
-
-    def evaluate(model, name=None):
-        new, loss = score_sums(model, args.task, device)
-        metrics = {f"loss, {args.task}": loss, f"% {args.task}": new, "% add": score_sums(model, "add", device)[0]}
-        if name:
-            with disable_hyplora(model):
-                off = score_sums(model, "add", device)[0]
-            if off != before:
-                raise RuntimeError("with its adapter disabled the model is not the base any more")
-        return {**metrics, "% add, adapter off": before}
-
-    return base, lambda seed: sum_batches(args.task, args.batch_size, seed), args.steps or 500, evaluate
-
-
-def text(args, device):
-    """Real data, on a checkpoint or on a byte-level GPT that has read the questions: as sums() returns."""
-    vocabulary = Tokens(args.checkpoint) if args.checkpoint else Bytes()
-    records = read_records(args.data, vocabulary, args.cutoff, args.on_bad, say)
-    tests = {path: read_records(path, vocabulary, args.cutoff, args.on_bad, say) for path in args.eval}
-    if args.checkpoint:
-        base = None if args.shard else from_checkpoint(args, device)
-    else:
-        questions = [{**r, "target_ids": []} for r in records]
-        batch = record_batches(questions, args.batch_size, 0, loss_on="all")
-        with open(args.data, "rb") as file:
-            what = ("the questions", hashlib.sha256(file.read()).hexdigest(), args.batch_size, args.cutoff)
-        base = pretrained_base(args, tiny(args, Bytes.size), batch, what, device).to(getattr(torch, args.dtype))
-
-    def evaluate(model, name="base"):
-        model.eval()
-        batch = record_batches((list(tests.values()) or [records])[0][:64], 16, 0)
-        with torch.no_grad():
-            parts = [batch(i) for i in range(4)]
-            total = sum(answer_loss(model, ids.to(device), labels.to(device)).item() for ids, labels in parts)
-        metrics = {"loss": total / sum((labels != IGNORE).sum().item() for _, labels in parts)}
-        rights = []
-        for path, test in tests.items():
-            label = f"{name}: {os.path.basename(path)}"
-            right, answers = score_records(
-                model, test, vocabulary, args.eval_batch_size, args.max_new_tokens, device, label
-            )
-            metrics[f"% {os.path.splitext(os.path.basename(path))[0]}"] = 100 * right / len(test)
-            rights.append(right)
-            say(f"  for example: {answers[0][:200]!r}, where {test[0]['answer']} is right")
-        if tests:
-            metrics["M.AVG"] = 100 * sum(rights) / sum(map(len, tests.values()))
-        return metrics
-
-    steps = args.steps or args.epochs * -(-len(records) // args.batch_size)
-    return base, lambda seed: record_batches(records, args.batch_size, seed, args.loss_on), steps, evaluate
+def start(args):
+    """The device of this process, after it has met the others that torchrun started."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not dist.is_torchelastic_launched():
+        return torch.device(args.device)
+    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return device
 
 
 def main(argv=None):
     """Run the whole of it; returns the rows of the table."""
     args = parse_arguments(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    device = start(args)
     os.makedirs(args.out, exist_ok=True)
     base, batch, steps, evaluate = (text if args.data else sums)(args, device)
-
-    def fresh(prepare):  # a sharded model is made anew for each adapter
-        return from_checkpoint(args, device, prepare) if args.checkpoint else prepare(copy.deepcopy(base))
-
-    rows, trained = [], None
-    if base is not None:
-        rows.append({"name": "base", "trainable": 0, "metrics": evaluate(base), "seconds": 0, "K": []})
-    starts = {"lora": [math.inf], "hyplora": args.curvature, "both": [math.inf, *args.curvature]}[args.adapter]
-    for curvature in starts:
-        for seed in range(args.seed, args.seed + args.seeds):
-            if trained is not None and not args.shard:
-                remove_hyplora(base)
-            trained, row = adapt(base, fresh, args, batch, steps, curvature, seed, evaluate, device)
-            rows.append(row)
-            name = os.path.splitext(os.path.basename(args.data or args.task))[0]
-            path = os.path.join(args.out, f"{name}-{row['name'].replace(' ', '-').lower()}-seed{seed}.pt")
-            save_hyplora(trained, path) if is_main() else hyplora_state_dict(trained)  # which all must gather
+    base.recompute = args.recompute
+    total = sum(p.numel() for p in base.parameters())
+    rows = [{"name": "base", "trainable": 0, "metrics": evaluate(base), "seconds": 0, "K": []}]
+    curvatures = {"lora": [math.inf], "hyplora": args.curvature, "both": [math.inf, *args.curvature]}[args.adapter]
+    for curvature, seed in itertools.product(curvatures, range(args.seed, args.seed + args.seeds)):
+        if len(rows) > 1:
+            remove_hyplora(base)
+        path, row = adapt(base, args, batch, steps, curvature, seed, evaluate)
+        rows.append(row)
+    say("\n" + table(rows, total))
     if dist.is_initialized():
         dist.barrier()  # the file is there for all
-    total = sum(p.numel() for name, p in trained.named_parameters() if not name.endswith(("lora_A", "lora_B", "log_K")))
-    say("\n" + table(rows, total))
-    if is_main():
-        print(f"\n{row['name']} is saved: {path} ({os.path.getsize(path) / 1024:.0f} KB)")
-    if not args.data and not args.shard:
-        asked = render(args.task, operand_pairs(held_out=True), torch.Generator().manual_seed(1))[::200].to(device)
-        before = trained.generate(asked[:, :-ANSWER], ANSWER)
-        load_hyplora(remove_hyplora(base), path)
-        answers = base.generate(asked[:, :-ANSWER], ANSWER)
-        if not torch.equal(answers, before):
-            raise RuntimeError(f"the adapter that was loaded from {path} answers otherwise than the one that was saved")
-        marks = ["" if torch.equal(answer, right) else " (wrong)" for answer, right in zip(answers, asked)]
-        say("Loaded into the bare base, it answers: " + ", ".join(show(a) + m for a, m in zip(answers, marks)))
+    say(f"\n{row['name']} is saved: {path} ({os.path.getsize(path) / 1024:.0f} KB)")
+    if not args.data:
+        reload(base, path, args.task, device)
     if dist.is_initialized():
         dist.destroy_process_group()
     return rows
