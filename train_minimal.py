@@ -154,16 +154,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.o_bias)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
-        self.qk_norm = c.qk_norm
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, cos, sin, mask, past):
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (batch, heads, T, head_dim)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)  # (batch, heads, T, head_dim)
         if past is not None:
             k, v = past.extend(k, v)
         causal = mask is None and q.shape[2] > 1
@@ -188,37 +184,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Norms have Gemma's names: what Llama calls post_attention_layernorm stands before its MLP."""
+
     def __init__(self, c):
         super().__init__()
-        self.gemma = c.gemma
-        self.input_layernorm = RMSNorm(c.hidden_size, c)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
-        self.mlp = MLP(c)
-        if c.gemma:
-            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
-            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+        self.input_layernorm, self.pre_feedforward_layernorm = (RMSNorm(c.hidden_size, c) for _ in range(2))
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.post_attention_layernorm, self.post_feedforward_layernorm = (
+            RMSNorm(c.hidden_size, c) if c.gemma else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x, cos, sin, mask, past):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        if self.gemma:
-            x = x + self.post_attention_layernorm(y)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, mask, past))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class GPT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.recompute = c, False  # recompute: activations in backward, to save memory
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-                "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-                "norm": RMSNorm(c.hidden_size, c),
-            }
-        )
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = RMSNorm(c.hidden_size, c)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -252,10 +240,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, count, pad=None, stop=()):
-        """Greedy continuation with a key/value cache: (batch, T) -> (batch, at most T + count).
-
-        Ends early when every row has made a token of stop.
-        """
+        """Greedy continuation, at most until each row has a token of stop: (batch, T) -> (batch, at most T + count)."""
         cache, done, new = [Past() for _ in self.model.layers], torch.zeros_like(ids[:, :1], dtype=torch.bool), ids
         stop = torch.tensor(stop, dtype=ids.dtype, device=ids.device)
         for _ in range(count):
@@ -345,7 +330,11 @@ def load_checkpoint(model, folder):
     # Models with a vision tower keep the decoder under a longer name.
     prefixes = ("model.", "language_model.model.", "model.language_model.")
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in stored), "model.")
-    wanted = {re.sub(r"^model\.", prefix, name): p for name, p in model.named_parameters()}
+    mlp_norm = "pre_feedforward_layernorm" if model.config.gemma else "post_attention_layernorm"
+    wanted = {
+        re.sub(r"^model\.", prefix, name).replace("pre_feedforward_layernorm", mlp_norm): p
+        for name, p in model.named_parameters()
+    }
     beside = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.config.tie_word_embeddings else []))
     tower = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
     wrong = {
@@ -373,10 +362,9 @@ TASKS = {"add": "a+b", "subtract": "a-b", "two-step": "a+b-c"}  # no result is n
 
 
 def operand_pairs(held_out):
-    """All (a, b) below 100 that are for testing (a tenth, held_out=True) or for training: (N, 2).
+    """All (a, b) below 100 that are for testing (a tenth) or for training: (N, 2).
 
-    (a, b) and (b, a) are on the same side, and the split does not depend on any seed: no phase of any run
-    trains on a pair that another one tests.
+    (a, b) and (b, a) are on the same side, whatever the seed: no phase of any run trains on a pair that another tests.
     """
     draw = torch.rand(100, 100, generator=torch.Generator().manual_seed(0)).triu()
     return ((draw + draw.triu(1).T < 0.1) == held_out).nonzero()
@@ -593,22 +581,16 @@ def save_state(path, state):
 @contextlib.contextmanager
 def interrupts():
     """A list that Ctrl-C and SIGTERM fill, to be read after a step, when the state is whole; a second one acts now."""
-    heard, before = [], {}
+    heard = []
+    with contextlib.ExitStack() as restore:
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def hear(number, frame):
+            heard.append(number)
+            restore.close()
 
-    def hear(number, frame):
-        heard.append(number)
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, hear)
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            restore.callback(signal.signal, number, signal.signal(number, hear))
         yield heard
-    finally:
-        restore()
 
 
 def gradients(loss_of, model, parameters, ids, labels, accumulate, heard):
@@ -883,10 +865,9 @@ def adapt(base, args, batch, steps, curvature, seed, evaluate):
     """Inject, train and save one adapter: (its file, its row of the table)."""
     name = "LoRA" if curvature == math.inf else f"HypLoRA {curvature:g}"
     torch.manual_seed(seed)
-    names = inject_hyplora(
-        base, args.targets, rank=args.rank, alpha=args.alpha, dropout=args.dropout, curvature=curvature
-    )
-    groups, layers = hyplora_parameters(base), [base.get_submodule(name) for name in names]
+    options = {k: getattr(args, k) for k in ("rank", "alpha", "dropout")}
+    layers = [base.get_submodule(n) for n in inject_hyplora(base, args.targets, curvature=curvature, **options)]
+    groups = hyplora_parameters(base)
     skip = ("resume", "save_every", "out", "seed", "seeds", "curvature", "adapter", "eval")
     key = keyed({k: v for k, v in vars(args).items() if k not in skip}, curvature, seed)
     how = {k: getattr(args, k) for k in ("warmup", "accumulate", "compile", "save_every", "resume")}
@@ -935,26 +916,20 @@ def positive(kind):
     return parse
 
 
-NEW_TASKS = {name: formula for name, formula in TASKS.items() if name != "add"}
+COUNT, SIZE = positive(int), positive(float)
 OPTIONS = {
     "what to learn": {
-        "--task": dict(
-            choices=NEW_TASKS, default="subtract", help="; ".join(f"{k}: {v}" for k, v in NEW_TASKS.items())
-        ),
-        "--data": dict(
-            metavar="FILE", help="learn this instead: JSON list or lines of instruction, input, output, answer"
-        ),
+        "--task": dict(choices=["subtract", "two-step"], default="subtract", help="a-b, or a+b-c; never below 0"),
+        "--data": dict(metavar="FILE", help="JSON list or lines to learn: instruction, input, output, answer"),
         "--eval": dict(nargs="+", default=[], metavar="FILE", help="score the answers to these, by the paper's rules"),
         "--adapter": dict(choices=["lora", "hyplora", "both"], default="both", help="which adapters to train"),
-        "--recipe": dict(
-            choices=["paper"], help="the published rank, targets, learning rate, batches, epochs and cutoff"
-        ),
+        "--recipe": dict(choices=["paper"], help="the published rank, targets, lr, warm-up, batches, epochs, cutoff"),
     },
     "the adapter": {
-        "--rank": dict(type=positive(int), default=8, help="rank of BA"),
-        "--alpha": dict(type=positive(float), default=16.0, help="the update is scaled by alpha / rank"),
+        "--rank": dict(type=COUNT, default=8, help="rank of BA"),
+        "--alpha": dict(type=SIZE, default=16.0, help="the update is scaled by alpha / rank"),
         "--curvature": dict(
-            type=positive(float),
+            type=SIZE,
             nargs="+",
             default=[0.5],
             metavar="K",
@@ -964,42 +939,36 @@ OPTIONS = {
         "--targets": dict(nargs="+", default=["all-linear"], help="name endings of the layers to adapt, or all-linear"),
     },
     "training": {
-        "--lr": dict(type=positive(float), default=5e-3, help="peak learning rate"),
-        "--warmup": dict(type=positive(int), default=20, help="steps of linear warm-up"),
-        "--steps": dict(
-            type=positive(int), help="optimizer steps of each adapter (default: 500, or --epochs of --data)"
-        ),
-        "--epochs": dict(type=positive(int), default=3, help="passes over --data"),
-        "--batch-size": dict(type=positive(int), default=64, help="sums or records per step"),
-        "--accumulate": dict(type=positive(int), default=1, help="parts in which a batch is computed, to save memory"),
+        "--lr": dict(type=SIZE, default=5e-3, help="peak learning rate"),
+        "--warmup": dict(type=COUNT, default=20, help="steps of linear warm-up"),
+        "--steps": dict(type=COUNT, help="optimizer steps of each adapter (if not given: 500, or --epochs of --data)"),
+        "--epochs": dict(type=COUNT, default=3, help="passes over --data"),
+        "--batch-size": dict(type=COUNT, default=64, help="sums or records per step"),
+        "--accumulate": dict(type=COUNT, default=1, help="parts in which a batch is computed, to save memory"),
         "--seed": dict(type=int, default=0, help="of the adapter's start and of its batches"),
-        "--seeds": dict(type=positive(int), default=1, help="number of seeds, from --seed on: mean ± deviation"),
-        "--save-every": dict(type=positive(int), default=200, help="steps between two saves of the state"),
+        "--seeds": dict(
+            type=COUNT, default=1, help="number of seeds, from --seed on; the table shows mean ± deviation"
+        ),
+        "--save-every": dict(type=COUNT, default=200, help="steps between two saves of the state"),
         "--resume": dict(action="store_true", help="go on from the state that the same command saved"),
     },
     "text, with --data": {
-        "--cutoff": dict(type=positive(int), default=1024, help="longest record, in tokens"),
+        "--cutoff": dict(type=COUNT, default=1024, help="longest record, in tokens"),
         "--loss-on": dict(choices=["answer", "all"], default="answer", help="tokens that are learned"),
         "--on-bad": dict(choices=["skip", "stop"], default="skip", help="what a record that cannot be used does"),
-        "--max-new-tokens": dict(type=positive(int), default=256, help="longest answer when scoring"),
-        "--eval-batch-size": dict(type=positive(int), default=32, help="answers generated at a time"),
+        "--max-new-tokens": dict(type=COUNT, default=256, help="longest answer when scoring"),
+        "--eval-batch-size": dict(type=COUNT, default=32, help="answers generated at a time"),
     },
     "the base model": {
-        "--checkpoint": dict(
-            metavar="DIR", help=f"config.json, *.safetensors, tokenizer.json of {', '.join(FAMILIES)}"
-        ),
-        "--width": dict(type=positive(int), default=64, help="hidden size of the GPT made here"),
-        "--layers": dict(type=positive(int), default=3, help="its transformer blocks"),
-        "--heads": dict(type=positive(int), default=4, help="its query heads, half as many key/value heads"),
-        "--base-steps": dict(type=positive(int), default=500, help="its optimizer steps from scratch"),
+        "--checkpoint": dict(metavar="DIR", help=f"config.json, *.safetensors, tokenizer.json: {', '.join(FAMILIES)}"),
+        "--width": dict(type=COUNT, default=64, help="hidden size of the GPT made here"),
+        "--layers": dict(type=COUNT, default=3, help="its transformer blocks"),
+        "--heads": dict(type=COUNT, default=4, help="its query heads, half as many key/value heads"),
+        "--base-steps": dict(type=COUNT, default=500, help="its optimizer steps from scratch"),
     },
     "where and how it runs": {
-        "--device": dict(
-            choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one"
-        ),
-        "--dtype": dict(
-            choices=["float32", "bfloat16"], default="float32", help="of the frozen base; adapters are float32"
-        ),
+        "--device": dict(choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one"),
+        "--dtype": dict(choices=["float32", "bfloat16"], default="float32", help="of the base; adapters are float32"),
         "--compile": dict(action="store_true", help="torch.compile the training step (needs a C++ compiler)"),
         "--recompute": dict(action="store_true", help="activation checkpointing: less memory, a third more time"),
         "--shard": dict(action="store_true", help="under torchrun: FSDP2 spreads the base over the processes"),
@@ -1037,24 +1006,16 @@ def parse_arguments(argv=None):
     return args
 
 
-def start(args):
-    """The device of this process, after it has met the others that torchrun started."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not dist.is_torchelastic_launched():
-        return torch.device(args.device)
-    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    return device
-
-
 def main(argv=None):
     """Run the whole of it; returns the rows of the table."""
     args = parse_arguments(argv)
-    device = start(args)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" now means
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     os.makedirs(args.out, exist_ok=True)
     base, batch, steps, evaluate = (text if args.data else sums)(args, device)
     base.recompute = args.recompute
