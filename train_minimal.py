@@ -868,6 +868,9 @@ def adapt(base, args, batch, steps, curvature, seed, evaluate):
     options = {k: getattr(args, k) for k in ("rank", "alpha", "dropout")}
     layers = [base.get_submodule(n) for n in inject_hyplora(base, args.targets, curvature=curvature, **options)]
     groups = hyplora_parameters(base)
+    if dist.is_initialized():  # one start for all, whatever each machine's random numbers are
+        for p in (p for group in groups for p in group["params"]):
+            dist.broadcast(p.detach(), 0)
     skip = ("resume", "save_every", "out", "seed", "seeds", "curvature", "adapter", "eval")
     key = keyed({k: v for k, v in vars(args).items() if k not in skip}, curvature, seed)
     how = {k: getattr(args, k) for k in ("warmup", "accumulate", "compile", "save_every", "resume")}
