@@ -617,6 +617,11 @@ def gradients(loss_of, model, parameters, ids, labels, accumulate, heard):
     return total, bool(heard)
 
 
+def pace(step, steps, warmup):
+    """The share of the learning rate that a step takes: a linear warm-up, then a linear decay to zero."""
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1)
+
+
 def check_finite(loss, parameters, where, state):
     """Ends the run before anything broken is saved."""
     what = f"the loss is {loss.item()}" if not loss.isfinite() else "the weights are not finite"
@@ -658,7 +663,7 @@ def train(model, parameters, batch, steps, lr, seed, label, *, warmup=20, accumu
             loss, stop = gradients(loss_of, model, parameters, ids, labels, accumulate, heard)
             tokens += ids.numel()
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1)
+                group["lr"] = lr * pace(step, steps, warmup)
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1

@@ -244,16 +244,21 @@ HEAD = """| shape, tokens, dtype, mode | | fwd+bwd ms | ratio | forward ms | rat
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
+def write_beside(path, text):
+    """Write the text beside path and rename it, so that path holds the old text or the new, whole."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def write_section(path, title, text):
-    """Replace the section "## title" of the file, or append it; the file is written beside and renamed."""
+    """Replace the section "## title" of the file, or append it."""
     path = Path(path)
     old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts beside this file.\n"
     parts = ("\n" + old).split("\n## ")
     kept = [part for part in parts[1:] if part.split("\n", 1)[0] != title]
     new = parts[0].lstrip("\n") + "".join(f"\n## {part.rstrip()}\n" for part in [*kept, f"{title}\n\n{text}"])
-    part = path.with_suffix(".part")
-    part.write_text(new)
-    part.replace(path)
+    write_beside(path, new)
 
 
 def machine(device, threads):

@@ -29,7 +29,7 @@ from scipy.stats import t as student
 
 import train_minimal as toy
 from benchmarks.authors import authors_update
-from benchmarks.speed import machine, write_section
+from benchmarks.speed import machine, write_beside, write_section
 from hyplora import calibrate_curvature, hyplora_update, inject_hyplora, remove_hyplora
 
 RATES = {"subtract": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "two-step": [1e-3, 2e-3, 4e-3, 8e-3]}
@@ -142,13 +142,13 @@ def train_stack(base, runs, task, say=print):
     for step in range(steps):
         ids, labels = (torch.stack(t).to(device)[which] for t in zip(*(task.batch(seed, step) for seed in seeds)))
         per_run(ids, labels)[0].sum().backward()
-        pace = rates * min((step + 1) / 20, (steps - step) / (steps - 20), 1)
+        rate = rates * toy.pace(step, steps, warmup=20)
         before = [p.detach().clone() for p in (*weights, *curves)]
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             for p, old in zip((*weights, *curves), before):
-                part = torch.lerp(old, p, pace.view(-1, *[1] * (p.ndim - 1)))
+                part = torch.lerp(old, p, rate.view(-1, *[1] * (p.ndim - 1)))
                 p.copy_(torch.where(p == old, old, part))  # (an infinite log K would become NaN)
         if (step + 1) % every == 0:
             for i, right in enumerate(score([t[:128] for t in task.data["validation"]])[1]):
@@ -200,9 +200,7 @@ def finish(runs, done, path, task, stack):
             part = group[first : first + stack]
             for run, result in zip(part, train_stack(task.base, part, task)):
                 done[str(run)] = result
-            part_path = path.with_suffix(".part")
-            part_path.write_text(json.dumps(done))
-            part_path.replace(path)
+            write_beside(path, json.dumps(done))
     return [done[str(run)] for run in runs]
 
 
