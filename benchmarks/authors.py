@@ -40,7 +40,10 @@ def main():
     print("| --- | --- | ---: | ---: | ---: |")
     for curvature in (0.5, 1.0):
         # The formula in their unit: |x| over sqrt(d_in), so K = curvature * d_in and the result over sqrt(d_in).
-        formula = functools.partial(hyplora_update, K=curvature * width, scaling=1 / math.sqrt(width))
+        def formula(x, A, B, K=curvature * width):
+            return hyplora_update(x, A, B, K) / math.sqrt(width)
+
+
         theirs = functools.partial(authors_update, k=curvature)
         K_theirs = F.softplus(torch.tensor(curvature)).item()
         for name, update, K in (("paper's formula", formula, curvature), ("authors' code", theirs, K_theirs)):

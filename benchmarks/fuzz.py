@@ -1,8 +1,8 @@
 """Draw hostile inputs for the layer and count what is not finite; measure the error against float64.
 
 A case is one forward and backward pass through HypLoRALinear on an input for which the plain LoRA product of the same
-dtype, forward and backward, is finite (others are drawn again): tokens of norm 0, 1e-30 and up to 1e18 (float16: up
-to its largest number), outliers, B = 0, B tiny and huge, rank-deficient A, B A x = 0 with B not 0, 1-d to 4-d, empty,
+dtype, forward and backward, is finite (others are drawn again): tokens of norm 0, 1e-30 and up to 1e12 (float16: up
+to its largest number), outliers, B = 0, B tiny and large, rank-deficient A, B A x = 0 with B not 0, 1-d to 4-d, empty,
 strided and expanded inputs, K from 1e-6 to 1e12 and infinity.
 
     python -m benchmarks.fuzz                   # 100,000 cases and the accuracy table, some minutes
@@ -13,7 +13,6 @@ import argparse
 import math
 import random
 import time
-import warnings
 
 import torch
 import torch.nn as nn
@@ -38,7 +37,7 @@ class Zero(nn.Module):
 
 def draw_input(rng, g, shape, width, dtype):
     """Tokens of all lengths, laid out in memory in all ways."""
-    largest = 65504.0 if dtype == torch.float16 else 1e18
+    largest = 65504.0 if dtype == torch.float16 else 1e12
     smallest = 6e-8 if dtype == torch.float16 else 1e-30
     x = torch.randn(*shape, width, generator=g, dtype=torch.float64)
     x = x / x.norm(dim=-1, keepdim=True)
@@ -63,7 +62,7 @@ def draw_input(rng, g, shape, width, dtype):
 
 def draw_weights(rng, g, width, out, rank):
     A = torch.randn(rank, width, generator=g) / math.sqrt(width) * 10 ** rng.uniform(-3, 1)
-    B = torch.randn(out, rank, generator=g) * 10 ** rng.choice((0.0, rng.uniform(-20, 20), rng.uniform(-3, 3)))
+    B = torch.randn(out, rank, generator=g) * 10 ** rng.choice((0.0, rng.uniform(-20, 4), rng.uniform(-3, 3)))
     kind = rng.random()
     if kind < 0.1:
         B = torch.zeros_like(B)
@@ -92,9 +91,7 @@ def draw(rng, g):
         if lora_is_finite(x, A, B):
             break
     K = rng.choice((math.inf, *(10 ** rng.uniform(-6, 12) for _ in range(9))))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a rank above the width
-        layer = HypLoRALinear(Zero(width, out, dtype), rank, alpha=rank, curvature=K, curvature_unit="absolute")
+    layer = HypLoRALinear(Zero(width, out, dtype), rank, alpha=rank, curvature=K / width)
     layer.lora_A.data, layer.lora_B.data = A, B
     return layer, x
 
@@ -111,19 +108,19 @@ def not_finite(layer, x):
 def accuracy(dtype, g, tokens=1000, width=64, out=48, rank=8):
     """Worst relative errors per token, of the update and of the gradient of x, as (ours, LoRA's) each.
 
-    Radii from 1e-8 to max_radius and |BAx| over 20 orders of magnitude (float16: what it can hold of both),
+    Radii from 1e-8 to max_radius and |BAx| over 14 orders of magnitude (float16: what it can hold of both),
     against float64 on the same numbers.
     """
     half = dtype == torch.float16
     worst = torch.zeros(2, 2, dtype=torch.float64)
     for K in (0.5 * width,) if half else (1e-2, 0.5 * width, 1e4):
-        for order in (-1, 0, 1) if half else range(-10, 11, 2):
+        for order in (-1, 0, 1) if half else range(-10, 5, 2):
             radius = torch.logspace(-1 if half else -8, math.log10(11.99), tokens, dtype=torch.float64)[:, None]
             x = F.normalize(torch.randn(tokens, width, generator=g, dtype=torch.float64), dim=-1) * radius * K**0.5
             A = torch.randn(rank, width, generator=g) / math.sqrt(width)
             B = torch.randn(out, rank, generator=g) * 10.0**order
             d_out = torch.randn(tokens, out, generator=g).to(dtype)
-            layer = HypLoRALinear(Zero(width, out, dtype), rank, alpha=rank, curvature=K, curvature_unit="absolute")
+            layer = HypLoRALinear(Zero(width, out, dtype), rank, alpha=rank, curvature=K / width)
             layer.lora_A.data, layer.lora_B.data, x = A, B, x.to(dtype)
 
             def both(update, x, d_out):

@@ -72,21 +72,22 @@ class Stacked(nn.Module):
     def __init__(self, layers, authors):
         super().__init__()
         self.base, self.authors = layers[0].base, authors
-        rank = max(layer.rank for layer in layers)
-        pad = [rank - layer.rank for layer in layers]
+        rank = max(len(layer.lora_A) for layer in layers)
+        pad = [rank - len(layer.lora_A) for layer in layers]
         self.lora_A = nn.Parameter(torch.stack([F.pad(m.lora_A.detach(), (0, 0, 0, p)) for m, p in zip(layers, pad)]))
         self.lora_B = nn.Parameter(torch.stack([F.pad(m.lora_B.detach(), (0, p)) for m, p in zip(layers, pad)]))
-        # What stands for K: log K, or for the authors' layer its k and the scale of the norms.
-        flat = [[m.curvature, m.in_features**0.5] if authors else [m.log_K.item()] for m in layers]
+        # What K is made of: lora_K, or for the authors' layer its k and the scale of the norms.
+        flat = [[m.curvature, m.in_features**0.5] if authors else [m.lora_K.item()] for m in layers]
         self.curve = nn.Parameter(torch.tensor(flat))
-        self.register_buffer("learned", torch.tensor([[m.log_K.requires_grad] for m in layers]))
+        self.register_buffer("learned", torch.tensor([[m.lora_K.requires_grad] for m in layers]))
+        self.register_buffer("start", torch.tensor([[m.curvature * m.in_features] for m in layers]))
         self.register_buffer("scaling", torch.tensor([[[m.scaling]] for m in layers]))
 
     def forward(self, x):
         out = self.base(x)
         curve = torch.where(self.learned, self.curve, self.curve.detach())
-        update = authors_update if self.authors else lambda x, A, B, log_K: hyplora_update(x, A, B, log_K.exp())
-        arguments = curve.unsqueeze(-1).unbind(1)
+        update = authors_update if self.authors else hyplora_update
+        arguments = (curve if self.authors else self.start * curve.exp()).unsqueeze(-1).unbind(1)
         x = x.reshape(len(curve), -1, x.shape[-1])  # (runs, tokens, d_in)
         return out + (self.scaling * torch.func.vmap(update)(x, self.lora_A, self.lora_B, *arguments)).view(out.shape)
 
