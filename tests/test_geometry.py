@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from analysis import geometry
-from analysis.geometry import delta_hyperbolicity, norm_by_frequency, power_law_exponent
+from analysis.geometry import (
+    delta_hyperbolicity,
+    norm_by_frequency,
+    power_law_exponent,
+    power_law_p_value,
+)
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -160,10 +165,10 @@ def test_delta_refuses(arguments, message):
 # --- the power law --------------------------------------------------------------------------------
 
 
-def samples_of_the_law(alpha, xmin, n=20_000):
+def samples_of_the_law(alpha, xmin, n=20_000, seed=0):
     x = torch.arange(xmin, 200_000, dtype=torch.float64)
     cumulated = (x**-alpha).cumsum(0)
-    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x[torch.searchsorted(cumulated, uniform * cumulated[-1])]
 
 
@@ -206,6 +211,30 @@ def test_xmin_is_found_where_the_law_begins():
 def test_the_exponent_refuses(counts, xmin, message):
     with pytest.raises(ValueError, match=message):
         power_law_exponent(list(counts), xmin=xmin)
+
+
+def test_the_p_value_is_uniform_under_the_law_and_rejects_another():
+    p_values = []
+    for seed in range(10):
+        law = samples_of_the_law(2.2, xmin=3, n=1000, seed=seed)
+        p_values.append(power_law_p_value(law, draws=20))
+    assert 0.25 < sum(p_values) / 10 < 0.75
+    assert max(p_values) - min(p_values) > 0.4
+    uniform = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exponential = (1 - 8 * uniform.log()).floor()
+    assert power_law_p_value(exponential[exponential < 40], draws=20) <= 0.1
+    with pytest.raises(ValueError, match="draws is 0"):
+        power_law_p_value(exponential, draws=0)
+
+
+def test_samples_of_the_p_value_follow_the_law():
+    draw = geometry._sample_power_law(2.5, 4.0, 50_000, torch.Generator().manual_seed(0))
+    x = torch.arange(4, 10**6, dtype=torch.float64)
+    chances = x**-2.5 / (x**-2.5).sum()
+    for value in (4, 5, 9):
+        share = (draw == value).double().mean()
+        assert share == pytest.approx(chances[value - 4].item(), abs=0.008)
+    assert draw.min() == 4 and draw.max() > 400
 
 
 # --- norms ----------------------------------------------------------------------------------------
