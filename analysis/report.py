@@ -316,7 +316,7 @@ def draw(deltas, text, by_dimension, widths, path):
             widths[model], own.mean(), own.std(), marker="D", color=color, capsize=3, label=model
         )
     left.set_yticks([-row for row in range(len(names))], names)
-    left.set(xlabel="delta of a prompt, mean ± std", xlim=(0.05, 0.25))
+    left.set(xlabel="delta of a prompt, mean ± std")
     left.set_title(f"A model's prompts ({text}) beside their nulls")
     left.legend(loc="upper center", bbox_to_anchor=(0.3, -0.12), ncols=2, frameon=False)
 
@@ -364,6 +364,10 @@ def read_all(folders, paths, limit):
             encoded = long_enough([encode(prompt) for prompt in prompts])
             if len(encoded) < 2:
                 sys.exit(f"{text} has fewer than two prompts of at least four tokens")
+            try:
+                count_tokens(all_tokens(encoded), len(models[name]))
+            except ValueError as error:
+                sys.exit(f"{folder}: {error}")
             prompts_of[name][text] = encoded
     return models, prompts_of
 
@@ -437,7 +441,7 @@ def main():
             deltas_of[model][text] = prompt_deltas(embedding, prompts, args.seeds)
     first_model = next(iter(models))
     text, prompts = next(iter(prompts_of[first_model].items()))
-    prompts = prompts[:200]
+    prompts = prompts[:200]  # for what needs no model, their lengths and repeats are enough
     by_dimension = deltas_by_dimension(prompts, DIMENSIONS)
     sections = {
         "Embeddings: token frequencies and norms": frequency_section(models, prompts_of),

@@ -192,6 +192,18 @@ def test_the_report_prints_writes_and_draws(checkpoint, prompts, tmp_path, monke
     assert (tmp_path / "delta_nulls.png").stat().st_size > 10_000
 
 
+def test_a_tokenizer_of_another_model_is_refused_in_one_line(
+    checkpoint, prompts, tmp_path, monkeypatch
+):
+    save_file = pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file
+    save_file({"model.embed_tokens.weight": torch.ones(3, 6)}, checkpoint / "model.safetensors")
+    text = tmp_path / "sums.txt"
+    text.write_text("\n".join(prompts))
+    for module in (embeddings, report):
+        with pytest.raises(SystemExit, match="rows 0 to 2: take the tokenizer of the same model"):
+            run(module, monkeypatch, checkpoint, "--data", text)
+
+
 # --- the picture of the three maps ----------------------------------------------------------------
 
 
