@@ -16,9 +16,10 @@ UPDATE = "tab:red"
 LORA = "black"
 
 
-def draw_maps(axes, x=1.4, gain=0.5, K=1.0):
+def draw_maps(axes, x=1.4, gain=0.5):
     """The hyperboloid over one space coordinate, where BA is the number gain, and a token's way."""
-    root = K**0.5
+    K = torch.tensor(1.0)
+    root = K.sqrt().item()
     sheet = expmap0(torch.linspace(-0.9, 1.56, 200)[:, None], K)
     axes.plot(sheet[:, 1], sheet[:, 0], color="gray", linewidth=2)
     axes.text(-1.05, 1.5, "hyperboloid", color="gray")
@@ -64,7 +65,7 @@ def draw_maps(axes, x=1.4, gain=0.5, K=1.0):
         axes.plot(position, root, marker, color=color, markersize=10)
         axes.text(position, root - 0.06, label, color=color, ha=side, va="top")
     axes.set(xlim=(-1.15, 2.4), ylim=(0.7, 2.45), xlabel="space", ylabel="time")
-    axes.set_title(f"One token through the three maps, BA = {gain:g}, K = {K:g}")
+    axes.set_title(f"One token through the three maps, BA = {gain:g}, K = 1")
 
 
 def radius_of_update(radius, gain):
