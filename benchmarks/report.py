@@ -1,4 +1,4 @@
-"""What the benchmarks share: how a machine is named, ratios of rounds, and sections of RESULTS.md."""
+"""What the benchmarks share: the name of a machine, ratios of rounds, sections of RESULTS.md."""
 
 import datetime
 import platform

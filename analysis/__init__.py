@@ -1,0 +1,1 @@
+"""The paper's three measurements of token embeddings."""
