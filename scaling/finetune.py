@@ -28,7 +28,7 @@ from hyplora import (
     remove_hyplora,
     save_hyplora,
 )
-from scaling.checkpoint import FAMILIES, from_checkpoint, read_json
+from scaling.checkpoint import FAMILIES, from_checkpoint, read_config, read_json
 from scaling.processes import (
     decided_by_main,
     end_processes,
@@ -551,33 +551,59 @@ def table(rows, base_size):
     return "\n".join(lines)
 
 
-def main(argv=None):
-    """Run it all; returns the rows of the table as dictionaries."""
-    args = parse_arguments(argv)
-    device = torch.device(args.device)
-    start_processes(args.device)
-    try:
-        return run(args, device)
-    finally:
-        if sys.exc_info()[0] is None:
-            end_processes()
+def load_all(args, device):
+    """(tokens, training records, {path: test records}, base) of what the options name.
 
-
-def run(args, device):
-    family = read_json(args.checkpoint, "config.json").get("model_type")
+    All that a file can be wrong in is found here, before hours of training: it ends the run.
+    """
     template = args.template
+    family = read_json(args.checkpoint, "config.json").get("model_type")
     if template is None and args.recipe is not None and family == "llama":
         template = "chat-alpaca"  # So the authors prompt Llama 3.
+    config = read_config(args.checkpoint)
     tokens = Tokens(args.checkpoint, template)
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")
     records, tests = decided_by_main(read_all, args, tokens)
+    for path, read in {args.data: records, **tests}.items():
+        check_vocabulary(path, read, config.vocab_size)
+    base = from_checkpoint(args.checkpoint, getattr(torch, args.dtype), device, args.shard)
+    base.recompute = args.recompute
+    return tokens, records, tests, base
+
+
+def check_vocabulary(path, records, size):
+    """Raise ValueError if a record has a token that the model does not have."""
+    for record in records:
+        largest = max(record.prompt_ids + record.target_ids)
+        if largest >= size:
+            raise ValueError(
+                f"{path}, record {record.position} has the token {largest}, and the model's "
+                f"vocab_size is {size}: tokenizer.json belongs to another model"
+            )
+
+
+def main(argv=None):
+    """Run it all; returns the rows of the table as dictionaries."""
+    args = parse_arguments(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Answers may have any character.
+    device = torch.device(args.device)
+    start_processes(args.device)
+    rows = run(args, device)
+    end_processes()
+    return rows
+
+
+def run(args, device):
+    try:
+        tokens, records, tests, base = load_all(args, device)
+    except ValueError as error:
+        sys.exit(str(error))
+    family = read_json(args.checkpoint, "config.json")["model_type"]
+    base_size = sum(parameter.numel() for parameter in base.parameters())
     if is_main():
         os.makedirs(args.out, exist_ok=True)
     scorer = Scorer(args, tokens, tests, device)
-    dtype = getattr(torch, args.dtype)
-    base = from_checkpoint(args.checkpoint, dtype, device, args.shard)
-    base.recompute = args.recompute
-    base_size = sum(parameter.numel() for parameter in base.parameters())
     if args.score_only is not None:
         load_adapter(base, args.score_only)
         rows = [

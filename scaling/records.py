@@ -294,44 +294,58 @@ def text_field(record, name, needed=True):
     return value
 
 
-# What separates the elements of a JSON list: strings are passed over whole.
-JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+@dataclass
+class Broken:
+    """In place of a record that is not JSON."""
 
-
-def split_list(text):
-    """The elements of a JSON list as text, to be parsed one by one, so that one may be broken."""
-    elements = []
-    depth = 0
-    start = None
-    for match in JSON_TOKEN.finditer(text):
-        token = match.group()
-        if token in ("[", "{"):
-            depth += 1
-            if depth == 1:
-                start = match.end()
-        elif token in ("]", "}"):
-            depth -= 1
-            if depth == 0:
-                elements.append(text[start : match.start()])
-                start = None
-        elif token == "," and depth == 1:
-            elements.append(text[start : match.start()])
-            start = match.end()
-    if start is not None:  # The list never ends; what is left is a broken element.
-        elements.append(text[start:])
-    return [element for element in elements if element.strip()]
+    reason: str
 
 
 def parse_json(text):
-    """json.loads, with whatever it raises on any text as ValueError."""
+    """The JSON value, or Broken for whatever Python's reader refuses or chokes on."""
     try:
         return json.loads(text)
+    except ValueError as error:  # It is not JSON, or has a number of too many digits.
+        return Broken(str(error))
     except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
+        return Broken("the JSON is nested too deeply")
+
+
+# Where a record of a JSON list seems to begin: from here a list is read on after a broken one.
+NEXT_RECORD = re.compile(r',\s*(?=\{\s*")')
+SPACE = re.compile(r"\s*")
+
+
+def split_list(text):
+    """The elements of a JSON list that json.loads does not take, with Broken for those at fault.
+
+    A broken element ends where the next record seems to begin, or else with the list.
+    """
+    decoder = json.JSONDecoder()
+    elements = []
+    place = SPACE.match(text, text.index("[") + 1).end()
+    while place < len(text) and text[place] != "]":
+        try:
+            element, end = decoder.raw_decode(text, place)
+            end = SPACE.match(text, end).end()
+            if text[end : end + 1] not in (",", "]"):
+                raise ValueError("the list goes on without a comma or ends without a bracket")
+        except (ValueError, RecursionError) as error:
+            deep = isinstance(error, RecursionError)
+            element = Broken("the JSON is nested too deeply" if deep else str(error))
+            match = NEXT_RECORD.search(text, place)
+            end = len(text) if match is None else match.start()
+        elements.append(element)
+        if text[end : end + 1] == ",":
+            end = SPACE.match(text, end + 1).end()
+        place = end
+    if text[place + 1 :].strip():
+        elements.append(Broken("there is text behind the end of the list"))
+    return elements
 
 
 def read_elements(path):
-    """The records of a file, unparsed: a JSON list's elements or the lines of JSON lines.
+    """The records of a file: a JSON list's elements or JSON lines', with Broken for those at fault.
 
     Text is UTF-8, with or without a byte order mark, whatever the locale says; bytes that are not
     become half pairs, which text_field refuses. A line ends at a line feed and nowhere else.
@@ -342,29 +356,27 @@ def read_elements(path):
     except OSError as error:
         sys.exit(f"{path} cannot be read: {error.strerror}")
     text = content.decode("utf-8-sig", errors="surrogateescape")
+    whole = parse_json(text)
     if text.lstrip().startswith("["):
-        try:
-            return parse_json(text)
-        except ValueError:
-            return split_list(text)
-    try:
-        return [parse_json(text)]  # one record, perhaps over several lines
-    except ValueError:
-        return [line for line in text.split("\n") if line.strip()]
+        return split_list(text) if isinstance(whole, Broken) else whole
+    if not isinstance(whole, Broken):
+        return [whole]  # one record, perhaps over several lines
+    return [parse_json(line) for line in text.split("\n") if line.strip()]
 
 
 def read_record(element, position, tokens, for_scoring, cutoff, over_cutoff):
     """An element of read_elements -> Record. Raises ValueError that says why it cannot be used."""
-    record = parse_json(element) if isinstance(element, str) else element
-    if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, and this is {str(record)[:20]!r}")
-    instruction = text_field(record, "instruction")
-    prompt = tokens.prompt(instruction, text_field(record, "input", needed=False))
+    if isinstance(element, Broken):
+        raise ValueError(element.reason)
+    if not isinstance(element, dict):
+        raise ValueError(f"a record is a JSON object, and this is {str(element)[:20]!r}")
+    instruction = text_field(element, "instruction")
+    prompt = tokens.prompt(instruction, text_field(element, "input", needed=False))
     if for_scoring:
-        answer = text_field(record, "answer").strip()
+        answer = text_field(element, "answer").strip()
         answer_kind(answer)  # Raises what nobody could score.
         return Record(position, instruction, tokens.encode(prompt), answer=answer)
-    output = text_field(record, "output").strip()
+    output = text_field(element, "output").strip()
     prompt_ids, target_ids = tokens.split(prompt, output)
     length = len(prompt_ids) + len(target_ids)
     if cutoff is not None and length > cutoff:

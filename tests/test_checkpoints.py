@@ -4,13 +4,16 @@ pip install transformers safetensors
 """
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
+from hyplora import inject_hyplora
 from scaling.checkpoint import from_checkpoint, load_checkpoint, read_config
 from scaling.decoder import Decoder
+from scaling.finetune import adapter_size, table
 from scaling.scoring import beam_search, greedy
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
@@ -260,3 +263,251 @@ def test_quantized_weights_are_refused(tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=f"{name} is I8"):
         ours(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The bases of the paper, with the keys that their config.json has on the hub, sizes included
+
+LLAMA_3_8B = dict(
+    architectures=["LlamaForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=128000,
+    eos_token_id=128009,
+    hidden_act="silu",
+    hidden_size=4096,
+    initializer_range=0.02,
+    intermediate_size=14336,
+    max_position_embeddings=8192,
+    model_type="llama",
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    pretraining_tp=1,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.40.0.dev0",
+    use_cache=True,
+    vocab_size=128256,
+)
+QWEN_25_7B = dict(
+    architectures=["Qwen2ForCausalLM"],
+    attention_dropout=0.0,
+    bos_token_id=151643,
+    dual_chunk_attention_config=dict(
+        chunk_size=262144, local_size=8192, original_max_position_embeddings=262144
+    ),
+    eos_token_id=151645,
+    hidden_act="silu",
+    hidden_size=3584,
+    initializer_range=0.02,
+    intermediate_size=18944,
+    max_position_embeddings=1010000,
+    max_window_layers=28,
+    model_type="qwen2",
+    num_attention_heads=28,
+    num_hidden_layers=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-05,
+    rope_theta=10000000.0,
+    sliding_window=32768,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.48.0",
+    use_cache=True,
+    use_sliding_window=False,
+    vocab_size=152064,
+)
+GEMMA_3_4B = dict(
+    architectures=["Gemma3ForConditionalGeneration"],
+    boi_token_index=255999,
+    eoi_token_index=256000,
+    eos_token_id=[1, 106],
+    image_token_index=262144,
+    initializer_range=0.02,
+    mm_tokens_per_image=256,
+    model_type="gemma3",
+    text_config=dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
+    ),
+    torch_dtype="bfloat16",
+    transformers_version="4.50.0.dev0",
+    vision_config=dict(
+        hidden_size=1152,
+        image_size=896,
+        intermediate_size=4304,
+        model_type="siglip_vision_model",
+        num_attention_heads=16,
+        num_hidden_layers=27,
+        patch_size=14,
+        vision_use_head=False,
+    ),
+)
+GEMMA_7B = dict(
+    architectures=["GemmaForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=2,
+    eos_token_id=1,
+    head_dim=256,
+    hidden_act="gelu",
+    hidden_size=3072,
+    initializer_range=0.02,
+    intermediate_size=24576,
+    max_position_embeddings=8192,
+    model_type="gemma",
+    num_attention_heads=16,
+    num_hidden_layers=28,
+    num_key_value_heads=16,
+    pad_token_id=0,
+    rms_norm_eps=1e-06,
+    rope_scaling=None,
+    rope_theta=10000.0,
+    torch_dtype="bfloat16",
+    transformers_version="4.38.0.dev0",
+    use_cache=True,
+    vocab_size=256000,
+)
+
+
+def written(folder, config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "config, share",
+    [(LLAMA_3_8B, "0.70"), (GEMMA_3_4B, "1.04"), (QWEN_25_7B, "0.71")],
+    ids=["Llama 3 8B", "Gemma 3 4B", "Qwen2.5 7B"],
+)
+def test_the_trainable_share_is_the_papers(config, share, tmp_path):
+    with torch.device("meta"):
+        model = Decoder(read_config(written(tmp_path / "model", config)))
+    base_size = sum(parameter.numel() for parameter in model.parameters())
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    inject_hyplora(model, targets, rank=32, curvature=math.inf)
+    size = adapter_size(model)
+    row = {"name": "LoRA", "trainable": size, "metrics": {}, "seconds": 0.0, "K": []}
+    assert f"| {size} | {share} % |" in table([row], base_size)
+    print(f"\nshare | {config['model_type']} | {size} | {base_size} | {share} |")
+
+
+def shrunk(config, **sizes):
+    """The same keys, with small sizes; keys that the hub's file leaves out stay left out."""
+    small = json.loads(json.dumps(config))
+    inner = small.get("text_config", small)
+    for name, value in sizes.items():
+        if name in inner:
+            inner[name] = value
+    return small
+
+
+@pytest.mark.parametrize(
+    "config, theirs",
+    [
+        (LLAMA_3_8B, "LlamaForCausalLM"),
+        (QWEN_25_7B, "Qwen2ForCausalLM"),
+        (GEMMA_3_4B, "Gemma3ForConditionalGeneration"),
+        (GEMMA_7B, "GemmaForCausalLM"),
+    ],
+    ids=["Llama 3 8B", "Qwen2.5 7B", "Gemma 3 4B", "Gemma 7B"],
+)
+def test_the_hubs_config_files_give_transformers_logits(config, theirs, tmp_path):
+    """What gemma-3-4b-it leaves out (vocabulary, heads, head size, rope) is the family's own."""
+    small = shrunk(
+        config,
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+    )
+    if "vision_config" in small:
+        vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28)
+        small["vision_config"].update(vision, num_attention_heads=2)
+    original = written(tmp_path / "original", small)
+    model_config = transformers.AutoConfig.from_pretrained(original)
+    model = getattr(transformers, theirs)(model_config)
+    want_model = save(model, torch.float32, tmp_path / "model")
+    # transformers writes every field out; the hub's file comes back in its place.
+    shutil.copy(tmp_path / "original" / "config.json", tmp_path / "model" / "config.json")
+    ids = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = want_model(input_ids=ids).logits
+        error = relative_error(ours(tmp_path / "model")(ids), want)
+    print(f"\nparity | hub's config of {config['model_type']} | float32 | {error:.1e} |")
+    assert error < 1e-4
+
+
+def test_the_decoder_beside_a_vision_tower_is_found_under_either_name(tmp_path):
+    """The hub's gemma-3-4b-it says language_model.model., newer files model.language_model."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = saved("gemma3", torch.float32, tmp_path / "text")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    tensors = {}
+    for file in (tmp_path / "text").glob("*.safetensors"):
+        tensors.update(load_file(file))
+    for prefix, tower in (("language_model.model.", ""), ("model.language_model.", "model.")):
+        folder = tmp_path / prefix
+        written(folder, dict(model_type="gemma3", text_config=config, vision_config={}))
+        renamed = {prefix + name.removeprefix("model."): t for name, t in tensors.items()}
+        renamed[f"{tower}vision_tower.weight"] = torch.ones(2)
+        renamed[f"{tower}multi_modal_projector.weight"] = torch.ones(2)
+        save_file(renamed, folder / "model.safetensors")
+        assert relative_error(ours(folder)(IDS), theirs(IDS).logits) < 1e-4
+
+
+def test_what_gemma_3_leaves_out_is_its_familys_default(tmp_path):
+    config = read_config(written(tmp_path, GEMMA_3_4B))
+    assert (config.vocab_size, config.num_attention_heads, config.head_dim) == (262208, 8, 256)
+    assert config.num_key_value_heads == 4
+    assert config.rope[FULL] == dict(rope_type="linear", rope_theta=1e6, factor=8.0)
+    assert config.rope[SLIDING] == dict(rope_type="default", rope_theta=1e4)
+    assert config.layer_types == ([SLIDING] * 5 + [FULL]) * 5 + [SLIDING] * 4
+    assert config.attention_scale == 256**-0.5 and config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
+def test_an_empty_config_is_that_of_transformers(family, tmp_path):
+    """Every default is the family's, as transformers has it, and none is ours."""
+    names = {"gemma3_text": "Gemma3Text"}
+    theirs = getattr(transformers, f"{names.get(family, family.capitalize())}Config")()
+    config = read_config(written(tmp_path, dict(model_type=family)))
+    for name in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
+    ):
+        assert getattr(config, name) == getattr(theirs, name), name
+    head_dim = theirs.hidden_size // theirs.num_attention_heads
+    assert config.head_dim == getattr(theirs, "head_dim", head_dim)
+    window = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None)
+    if family == "mistral":
+        types = [SLIDING] * theirs.num_hidden_layers
+    assert config.layer_types == (types or [FULL] * theirs.num_hidden_layers)
+    assert config.sliding_window == window
+    ropes = theirs.rope_parameters
+    assert config.rope[FULL]["rope_theta"] == ropes.get(FULL, ropes)["rope_theta"]
+    if SLIDING in config.layer_types:
+        assert config.rope[SLIDING]["rope_theta"] == ropes.get(SLIDING, ropes)["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3Text", "Gemma3"]
+)
+def test_every_field_that_transformers_writes_is_known(name, tmp_path):
+    written(tmp_path, getattr(transformers, f"{name}Config")().to_dict())
+    read_config(tmp_path)

@@ -147,6 +147,11 @@ BAD_RECORDS = {
     "half a pair": '{"instruction": "x", "output": "\\ud800"}',
     "a list as text": '{"instruction": ["x"], "output": "y"}',
     "nothing": "null",
+    "a record as a string": json.dumps(json.dumps({"instruction": "x", "output": "y"})),
+    "a stray quote": '{"instruction": "x"y", "output": "z"}',
+    "no end of a string": '{"instruction": "x", "output": "z}',
+    "no end of a list": '{"instruction": ["x", "output": "z"}',
+    "not a number": '{"instruction": "x", "output": 07}',
 }
 
 
@@ -170,10 +175,20 @@ def test_json_that_python_chokes_on_is_one_bad_record(bad, form, tmp_path, token
         read_records(str(path), tokens, on_bad="stop")
 
 
+def test_what_stands_behind_a_list_is_not_passed_over(tmp_path, tokens, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([record(1), record(2)]) + " [1]")
+    assert [r.position for r in read_records(str(path), tokens)] == [1, 2]
+    assert "2 records, 1 left out" in capsys.readouterr().out
+
+
 def test_a_list_that_ends_in_the_middle_loses_its_last_record_alone(tmp_path, tokens):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([record(1), record(2), record(3)])[:-20])
     assert [r.position for r in read_records(str(path), tokens)] == [1, 2]
+    path.write_text(json.dumps([record(1), record(2), record(3)])[:-1])
+    with pytest.raises(SystemExit, match="record 3: "):
+        read_records(str(path), tokens, on_bad="stop")
 
 
 def test_bytes_that_are_not_utf8_are_one_bad_record(tmp_path, tokens, capsys):

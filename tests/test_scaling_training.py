@@ -136,7 +136,6 @@ def test_two_processes_give_the_adapters_and_losses_of_one(shard, work):
     test = str(write_sums(work / "test.json", count=5))
     more = ["--adapter", "hyplora", "--steps", "10", "--eval", test, "--max-new-tokens", "3"]
     one = run("-m", "scaling.finetune", *options(work, "one", *more))
-    # The second process sees no data, no state and no adapter: the first decides for both.
     two = run(*TWO, "-m", "scaling.finetune", *options(work, "two", *more), *shard)
 
     def losses(text):
@@ -155,6 +154,43 @@ def test_two_processes_give_the_adapters_and_losses_of_one(shard, work):
         *TWO, "-m", "scaling.finetune", *options(work, "two", *more), *shard
     )
     assert "going on from step 10" in run("-m", "scaling.finetune", *options(work, "two", *more))
+
+
+ELSEWHERE = """
+import os, sys
+if os.environ["RANK"] == "1":
+    os.makedirs("empty", exist_ok=True)
+    os.chdir("empty")
+sys.path.insert(0, sys.argv.pop(1))
+from scaling.finetune import main
+from scaling.processes import leave
+main(sys.argv[1:])
+leave()
+"""
+
+
+def test_processes_need_no_shared_disk(work):
+    """The second process sees the checkpoint, but no data, no state and no adapter."""
+    (work / "elsewhere.py").write_text(ELSEWHERE)
+    write_sums(work / "test.json", count=3)
+    start = [
+        *TWO,
+        "elsewhere.py",
+        str(ROOT),
+        "--checkpoint",
+        str(work / "model"),
+        "--device",
+        "cpu",
+    ]
+    scoring = ["--eval", "test.json", "--max-new-tokens", "3", "--predictions", "said.jsonl"]
+    training = ["--data", "sums.json", "--adapter", "lora", "--out", "out", *scoring]
+    run(*start, *training, "--steps", "3", cwd=work)
+    assert "going on from step 3" in run(*start, *training, "--steps", "3", "--resume", cwd=work)
+    (adapter,) = (work / "out").glob("sums-*.pt")
+    only = run(*start, "--score-only", str(adapter.relative_to(work)), *scoring, cwd=work)
+    assert "| 7424 | 18.79 % |" in only
+    assert len((work / "said.jsonl").read_text().splitlines()) == 3
+    assert not list((work / "empty").iterdir())
 
 
 def test_an_error_of_the_main_process_ends_all_of_them(work):
