@@ -29,6 +29,7 @@ from hyplora import (
     save_hyplora,
 )
 from scaling.checkpoint import FAMILIES, from_checkpoint, read_config, read_json
+from scaling.decoder import Decoder
 from scaling.processes import (
     decided_by_main,
     end_processes,
@@ -261,10 +262,22 @@ def read_all(args, tokens):
     records = []
     if args.data is not None:
         records = read_records(args.data, tokens, args.cutoff, args.over_cutoff, args.on_bad)
+        if args.loss_on == "answer":
+            records = with_answers(args.data, records)
     tests = {}
     for path in args.eval:
         tests[path] = read_records(path, tokens, on_bad=args.on_bad, for_scoring=True)
     return records, tests
+
+
+def with_answers(path, records):
+    """The records of which --cutoff has left some output, as the others have nothing to learn."""
+    kept = [record for record in records if record.target_ids]
+    if len(kept) < len(records):
+        say(f"{path}: {len(records) - len(kept)} left out, as --cutoff leaves none of their output")
+    if not kept:
+        sys.exit(f"{path}: --cutoff leaves nothing to learn; raise it, or take --loss-on all")
+    return kept
 
 
 def split_validation(records, count, seed):
@@ -388,10 +401,10 @@ SHAPING = (
 class Adapter:
     """What one command trains for one curvature: its name, its settings, and its files."""
 
-    def __init__(self, args, family, curvature):
+    def __init__(self, args, curvature):
         self.curvature = curvature
         self.name = "LoRA" if curvature == math.inf else f"HypLoRA {curvature:g}"
-        self.alpha = choose_alpha(args, family, curvature < math.inf)
+        self.alpha = choose_alpha(args, args.family, curvature < math.inf)
         settings = {name: getattr(args, name) for name in SHAPING}
         settings.update(
             checkpoint=os.path.realpath(args.checkpoint),
@@ -410,9 +423,8 @@ def curvatures(args):
     """The curvature of each adapter to train; infinity is LoRA."""
     if args.adapter == "lora":
         return [math.inf]
-    if args.adapter == "hyplora":
-        return args.curvature
-    return [math.inf, *args.curvature]
+    first = [math.inf] if args.adapter == "both" else []
+    return list(dict.fromkeys([*first, *args.curvature]))
 
 
 def states_to_resume(args, adapters, data_hash):
@@ -551,24 +563,28 @@ def table(rows, base_size):
     return "\n".join(lines)
 
 
-def load_all(args, device):
-    """(tokens, training records, {path: test records}, base) of what the options name.
+# -------------------------------------------------------------------------------------------------
+# The program
 
-    All that a file can be wrong in is found here, before hours of training: it ends the run.
+
+def read_inputs(args):
+    """(tokens, training records, {path: test records}) of what the options name.
+
+    What is wrong with a file is found here, before any weight is read. Raises ValueError.
     """
-    template = args.template
-    family = read_json(args.checkpoint, "config.json").get("model_type")
-    if template is None and args.recipe is not None and family == "llama":
-        template = "chat-alpaca"  # So the authors prompt Llama 3.
     config = read_config(args.checkpoint)
+    template = args.template
+    if template is None and args.recipe is not None and args.family == "llama":
+        template = "chat-alpaca"  # So the authors prompt Llama 3.
     tokens = Tokens(args.checkpoint, template)
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")
     records, tests = decided_by_main(read_all, args, tokens)
     for path, read in {args.data: records, **tests}.items():
         check_vocabulary(path, read, config.vocab_size)
-    base = from_checkpoint(args.checkpoint, getattr(torch, args.dtype), device, args.shard)
-    base.recompute = args.recompute
-    return tokens, records, tests, base
+    if args.score_only is None:
+        with torch.device("meta"):  # Do the targets name layers? A model without memory can tell.
+            inject_hyplora(Decoder(config), args.targets, rank=args.rank)
+    return tokens, records, tests
 
 
 def check_vocabulary(path, records, size):
@@ -582,6 +598,17 @@ def check_vocabulary(path, records, size):
             )
 
 
+def load_base(args, device):
+    """The frozen base on the device. Ends the run if its files do not fit its config."""
+    dtype = getattr(torch, args.dtype)
+    try:
+        base = from_checkpoint(args.checkpoint, dtype, device, args.shard)
+    except ValueError as error:
+        sys.exit(str(error))
+    base.recompute = args.recompute
+    return base
+
+
 def main(argv=None):
     """Run it all; returns the rows of the table as dictionaries."""
     args = parse_arguments(argv)
@@ -589,48 +616,57 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # Answers may have any character.
     device = torch.device(args.device)
     start_processes(args.device)
-    rows = run(args, device)
-    end_processes()
-    return rows
-
-
-def run(args, device):
     try:
-        tokens, records, tests, base = load_all(args, device)
+        args.family = read_json(args.checkpoint, "config.json").get("model_type")
+        tokens, records, tests = read_inputs(args)
     except ValueError as error:
         sys.exit(str(error))
-    family = read_json(args.checkpoint, "config.json")["model_type"]
-    base_size = sum(parameter.numel() for parameter in base.parameters())
     if is_main():
         os.makedirs(args.out, exist_ok=True)
     scorer = Scorer(args, tokens, tests, device)
     if args.score_only is not None:
-        load_adapter(base, args.score_only)
-        rows = [
-            {
-                "name": os.path.basename(args.score_only),
-                "trainable": adapter_size(base),
-                "metrics": scorer(base, "adapter"),
-                "seconds": 0.0,
-                "K": ended_curvatures(base),
-            }
-        ]
-        say("\n" + table(rows, base_size))
-        return rows
+        rows = score_saved(args, scorer, device)
+    else:
+        rows = train_and_score(args, records, scorer, device)
+    end_processes()
+    return rows
 
+
+def score_saved(args, scorer, device):
+    """The table's one row for --score-only."""
+    base = load_base(args, device)
+    base_size = sum(parameter.numel() for parameter in base.parameters())
+    try:
+        load_adapter(base, args.score_only)
+    except ValueError as error:
+        sys.exit(str(error))
+    row = {
+        "name": os.path.splitext(os.path.basename(args.score_only))[0],
+        "trainable": adapter_size(base),
+        "metrics": scorer(base, "adapter"),
+        "seconds": 0.0,
+        "K": ended_curvatures(base),
+    }
+    say("\n" + table([row], base_size))
+    return [row]
+
+
+def train_and_score(args, records, scorer, device):
+    """Train each adapter, save it, score it. Returns the rows of the table, the base's first."""
     records, held_out = split_validation(records, args.validation, args.seed)
     data_hash = hash_records(records)
-    adapters = [Adapter(args, family, curvature) for curvature in curvatures(args)]
+    adapters = [Adapter(args, curvature) for curvature in curvatures(args)]
     states = states_to_resume(args, adapters, data_hash)
     batches = Batches(records, args.batch_size, args.seed, args.loss_on, args.by_length)
     steps = args.steps or args.epochs * batches.steps_per_epoch
     watched = Batches(held_out or records[:64], args.batch_size, 0, args.loss_on)
     validation = watched if held_out else None
 
+    base = load_base(args, device)
+    base_size = sum(parameter.numel() for parameter in base.parameters())
     say(f"training: {steps} steps of {args.batch_size} records for each adapter")
-    rows = []
     metrics = {"loss": mean_loss(base, watched, device), **scorer(base, "base")}
-    rows.append({"name": "base", "trainable": 0, "metrics": metrics, "seconds": 0.0, "K": []})
+    rows = [{"name": "base", "trainable": 0, "metrics": metrics, "seconds": 0.0, "K": []}]
     for adapter in adapters:
         if len(rows) > 1:
             remove_hyplora(base)

@@ -72,22 +72,47 @@ class ChatTemplate:
 
     def __init__(self, source, special_tokens):
         """source: Jinja. special_tokens: {"bos_token": "<s>", ...}, which templates refer to."""
-        need("jinja2", "a chat template")
+        jinja2 = need("jinja2", "a chat template")
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        environment.add_extension(generation_tag())
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = strftime_now
-        self.template = environment.from_string(source)
         self.special_tokens = special_tokens
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the chat template cannot be read: {error}; --template alpaca needs none"
+            ) from None
 
     def render(self, messages, add_generation_prompt=False):
+        """messages: [{"role": "user", "content": text}, ...] -> text.
+
+        add_generation_prompt: go on up to where the model's answer begins. Raises TemplateRefusal
+        if the template does not take these messages.
+        """
         return self.template.render(
             messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
         )
+
+
+def generation_tag():
+    """A Jinja extension for {% generation %}, with which some templates mark the model's turns."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    return Generation
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

@@ -313,6 +313,7 @@ NO_SYSTEM = (
 DATED = (
     "{{ strftime_now('%d %b %Y') }} {{ messages | tojson }}"
     "{% for message in messages %}{% break %}{% endfor %}"
+    "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
 )
 
 
@@ -383,6 +384,14 @@ def test_chat_templates_render_as_in_transformers(template, tmp_path):
     for add in (False, True):
         want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
         assert chat.render(messages, add) == want
+
+
+def test_a_template_that_is_not_jinja_says_so(tmp_path):
+    pytest.importorskip("jinja2")
+    folder = chat_folder(tmp_path / "model", "{% for %}")
+    with pytest.raises(ValueError, match="chat template cannot be read.*--template alpaca"):
+        Tokens(folder)
+    assert Tokens(folder, "alpaca").chat is None
 
 
 def test_a_template_that_is_asked_for_and_not_there(tokens, folder):
@@ -461,6 +470,29 @@ def test_options_that_clash_or_are_out_of_range_say_what_to_do(options, message,
     with pytest.raises(SystemExit):
         parse(options)
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--targets", "query"], "query"),
+        (["--cutoff", "20", "--over-cutoff", "truncate"], "--cutoff leaves nothing to learn"),
+        (["--template", "chat"], "has no chat template"),
+        (["--recipe", "paper", "--checkpoint", "mistral"], "no alpha for the family mistral"),
+        (["--checkpoint", "nowhere"], "nowhere has no config.json"),
+        (["--checkpoint", "small"], "has the token 257, and the model's vocab_size is 100"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_weights_are_read(change, message, tmp_path, monkeypatch):
+    write_small_checkpoint(tmp_path / "model")
+    write_small_checkpoint(tmp_path / "mistral", model_type="mistral")
+    write_small_checkpoint(tmp_path / "small", vocab_size=100)
+    write_sums(tmp_path / "sums.json", count=200)
+    monkeypatch.setattr(finetune, "from_checkpoint", lambda *arguments: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--checkpoint", "model", "--data", "sums.json", "--device", "cpu", *change]
+    with pytest.raises(SystemExit, match=message):
+        finetune.main(argv)
 
 
 def test_columns_have_the_shortest_names_that_differ():
