@@ -116,15 +116,18 @@ SIZES = (
 
 
 def read_json(folder, name):
-    """The content of a JSON file in UTF-8, or {} if there is none."""
+    """The object in a JSON file in UTF-8, or {} if there is no file. Raises ValueError."""
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except ValueError as error:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should be a JSON object, and is a {type(content).__name__}")
+    return content
 
 
 def read_fields(folder):
@@ -169,6 +172,9 @@ def read_rope(family, fields):
     Old ones have rope_theta and rope_scaling beside each other (and Gemma 3 rope_local_base_freq);
     new ones have rope_parameters, which Gemma 3 nests by layer type. Raises ValueError.
     """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields[name], (dict, type(None))):
+            raise ValueError(f"{name} must be a JSON object, not {fields[name]!r}")
     scaling = fields["rope_scaling"]
     parameters = fields["rope_parameters"] or {}
     if family == "gemma3_text":
@@ -254,12 +260,21 @@ def build_config(family, fields):
     """The Config of a family's fields. Raises ValueError."""
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+    for name in (*SIZES, "max_window_layers", "sliding_window_pattern"):
+        value = fields.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
+        least = 0 if name == "max_window_layers" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value!r}")
     if fields["head_dim"] is None:
+        if fields["hidden_size"] % fields["num_attention_heads"]:
+            raise ValueError(
+                "hidden_size must be a multiple of num_attention_heads, or give head_dim"
+            )
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    for name in SIZES:
-        value = fields[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if fields["head_dim"] % 2:
+        raise ValueError(f"head_dim must be even, not {fields['head_dim']}")
     for name in ("rms_norm_eps", "query_pre_attn_scalar"):
         value = fields.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:

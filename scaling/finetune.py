@@ -120,83 +120,172 @@ def share(text):
     return value
 
 
+def add(group, name, help, **settings):
+    """Add an option to a group of the parser; its help names the default, if there is one."""
+    default = settings.get("default")
+    if default is not None and default is not True and default != []:
+        help = f"{help} (default: %(default)s)"
+    group.add_argument(name, help=help, **settings)
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="scaling.finetune",
         description="Fine-tune a checkpoint with LoRA and HypLoRA, and score both.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     choice = argparse.BooleanOptionalAction
 
-    add = parser.add_argument_group("what to learn").add_argument
-    add("--checkpoint", metavar="DIR", help=f"a hub's folder of a model of {', '.join(FAMILIES)}")
-    add("--data", metavar="FILE", help="train on this JSON list or JSON lines")
-    add("--eval", nargs="+", default=[], metavar="FILE", help="score the answers to these")
-    add("--recipe", choices=list(RECIPES), help="the settings of the authors' scripts")
-    add("--template", choices=TEMPLATES, help="the prompt (default: chat if the model has one)")
-
-    add = parser.add_argument_group("the adapter").add_argument
-    add("--adapter", choices=["lora", "hyplora", "both"], default="both", help="which to train")
-    add("--rank", type=positive_int, default=8, help="rank of BA")
-    add("--alpha", type=positive, help="the update is scaled by alpha / rank (default: 16)")
+    group = parser.add_argument_group("what to learn")
     add(
+        group,
+        "--checkpoint",
+        metavar="DIR",
+        help=f"a hub's folder of a model of {', '.join(FAMILIES)}",
+    )
+    add(group, "--data", metavar="FILE", help="train on this JSON list or JSON lines")
+    add(group, "--eval", nargs="+", default=[], metavar="FILE", help="score the answers to these")
+    add(group, "--recipe", choices=list(RECIPES), help="the settings of the authors' scripts")
+    add(
+        group,
+        "--template",
+        choices=TEMPLATES,
+        help="the prompt (default: chat if the model has one)",
+    )
+
+    group = parser.add_argument_group("the adapter")
+    add(
+        group,
+        "--adapter",
+        choices=["lora", "hyplora", "both"],
+        default="both",
+        help="which to train",
+    )
+    add(group, "--rank", type=positive_int, default=8, help="rank of BA")
+    add(group, "--alpha", type=positive, help="the update is scaled by alpha / rank (default: 16)")
+    add(
+        group,
         "--curvature",
         type=curvature,
         nargs="+",
         default=[0.5],
         help="HypLoRA's K in units of a typical token's squared length; several give a row each",
     )
-    add("--calibrate", action=choice, default=True, help="measure that length in the first batch")
-    add("--dropout", type=share, default=0.0, help="on the adapter's input")
-    add("--targets", nargs="+", default=["all-linear"], help="name endings of the adapted layers")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--lr", type=positive, default=3e-4, help="peak learning rate")
-    add("--warmup", type=positive_int, default=20, help="steps of linear warm-up")
-    add("--steps", type=positive_int, help="optimizer steps (default: --epochs of --data)")
-    add("--epochs", type=positive_int, default=3, help="passes over --data")
-    add("--batch-size", type=positive_int, default=16, help="records a step")
-    add("--accumulate", type=positive_int, default=1, help="parts of a batch, to save memory")
-    add("--weight-decay", type=not_negative, default=0.01, help="of A and B")
-    add("--clip-norm", type=positive, help="longest gradient")
-    add("--seed", type=int, default=0, help="of the adapter's start and of the batches")
-    add("--validation", type=int, default=0, help="records of --data that choose the best step")
-    add("--validate-every", type=positive_int, default=200, help="steps between two such looks")
-    add("--save-every", type=positive_int, default=200, help="steps between two saved states")
-    add("--resume", action="store_true", help="go on from what the same command saved")
-
-    add = parser.add_argument_group("records").add_argument
-    add("--cutoff", type=positive_int, default=1024, help="longest record to train on, in tokens")
     add(
+        group,
+        "--calibrate",
+        action=choice,
+        default=True,
+        help="measure that length in the first batch (default)",
+    )
+    add(group, "--dropout", type=share, default=0.0, help="on the adapter's input")
+    add(
+        group,
+        "--targets",
+        nargs="+",
+        default=["all-linear"],
+        help="name endings of the adapted layers",
+    )
+
+    group = parser.add_argument_group("training")
+    add(group, "--lr", type=positive, default=3e-4, help="peak learning rate")
+    add(group, "--warmup", type=positive_int, default=20, help="steps of linear warm-up")
+    add(group, "--steps", type=positive_int, help="optimizer steps (default: --epochs of --data)")
+    add(group, "--epochs", type=positive_int, default=3, help="passes over --data")
+    add(group, "--batch-size", type=positive_int, default=16, help="records a step")
+    add(
+        group, "--accumulate", type=positive_int, default=1, help="parts of a batch, to save memory"
+    )
+    add(group, "--weight-decay", type=not_negative, default=0.01, help="of A and B")
+    add(group, "--clip-norm", type=positive, help="longest gradient")
+    add(group, "--seed", type=int, default=0, help="of the adapter's start and of the batches")
+    add(
+        group,
+        "--validation",
+        type=int,
+        default=0,
+        help="records of --data that choose the best step",
+    )
+    add(
+        group,
+        "--validate-every",
+        type=positive_int,
+        default=200,
+        help="steps between two such looks",
+    )
+    add(
+        group, "--save-every", type=positive_int, default=200, help="steps between two saved states"
+    )
+    add(group, "--resume", action="store_true", help="go on from what the same command saved")
+
+    group = parser.add_argument_group("records")
+    add(
+        group,
+        "--cutoff",
+        type=positive_int,
+        default=1024,
+        help="longest record to train on, in tokens",
+    )
+    add(
+        group,
         "--over-cutoff",
         choices=["leave-out", "truncate"],
         default="leave-out",
         help="what happens to a longer one",
     )
-    add("--loss-on", choices=["answer", "all"], default="answer", help="tokens that are learned")
-    add("--by-length", action=choice, default=True, help="batch records of similar length")
-    add("--on-bad", choices=["skip", "stop"], default="skip", help="what an unusable record does")
-
-    add = parser.add_argument_group("scoring").add_argument
-    add("--score-only", metavar="ADAPTER", help="score this saved adapter, train nothing")
-    add("--predictions", metavar="FILE", help="write every answer there, as JSON lines")
-    add("--max-new-tokens", type=positive_int, default=256, help="longest answer")
-    add("--beams", type=positive_int, default=1, help="beam search; 1 is greedy")
-    add("--eval-batch-size", type=positive_int, default=32, help="answers generated at a time")
-    add("--letters", choices=LETTER_RULES, default="first", help="rule for answers A to E")
-
-    add = parser.add_argument_group("where and how it runs").add_argument
     add(
+        group,
+        "--loss-on",
+        choices=["answer", "all"],
+        default="answer",
+        help="tokens that are learned",
+    )
+    add(
+        group,
+        "--by-length",
+        action=choice,
+        default=True,
+        help="batch records of similar length (default)",
+    )
+    add(
+        group,
+        "--on-bad",
+        choices=["skip", "stop"],
+        default="skip",
+        help="what an unusable record does",
+    )
+
+    group = parser.add_argument_group("scoring")
+    add(group, "--score-only", metavar="ADAPTER", help="score this saved adapter, train nothing")
+    add(group, "--predictions", metavar="FILE", help="write every answer there, as JSON lines")
+    add(group, "--max-new-tokens", type=positive_int, default=256, help="longest answer")
+    add(group, "--beams", type=positive_int, default=1, help="beam search; 1 is greedy")
+    add(
+        group,
+        "--eval-batch-size",
+        type=positive_int,
+        default=32,
+        help="answers generated at a time",
+    )
+    add(group, "--letters", choices=LETTER_RULES, default="first", help="rule for answers A to E")
+
+    group = parser.add_argument_group("where and how it runs")
+    add(
+        group,
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
         help="auto: a GPU, if any",
     )
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
-    add("--compile", action="store_true", help="torch.compile the training step")
-    add("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
-    add("--shard", action="store_true", help="under torchrun: FSDP2 spreads the base")
-    add("--out", default="runs", help="folder for the states and the adapters")
+    add(group, "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
+    add(group, "--compile", action="store_true", help="torch.compile the training step")
+    add(
+        group,
+        "--recompute",
+        action="store_true",
+        help="activation checkpointing: less memory, more time",
+    )
+    add(group, "--shard", action="store_true", help="under torchrun: FSDP2 spreads the base")
+    add(group, "--out", default="runs", help="folder for the states and the adapters")
     return parser
 
 
@@ -374,6 +463,7 @@ class Scorer:
             return
         with open(self.args.predictions, "a", encoding="utf-8") as file:
             for record, right, answer in zip(records, rights, answers):
+                extracted = extract(answer, record.answer, self.args.letters)
                 line = {
                     "adapter": adapter,
                     "file": path,
@@ -381,7 +471,7 @@ class Scorer:
                     "instruction": record.instruction,
                     "answer": record.answer,
                     "output": answer,
-                    "extracted": extract(answer, record.answer, self.args.letters),
+                    "extracted": None if extracted is None else str(extracted),
                     "right": right,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

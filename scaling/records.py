@@ -83,6 +83,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = strftime_now
         self.special_tokens = special_tokens
+        self.template_error = jinja2.TemplateError
         try:
             self.template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -96,9 +97,14 @@ class ChatTemplate:
         add_generation_prompt: go on up to where the model's answer begins. Raises TemplateRefusal
         if the template does not take these messages.
         """
-        return self.template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
-        )
+        try:
+            return self.template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except self.template_error as error:
+            raise TemplateRefusal(str(error)) from None
 
 
 def generation_tag():
@@ -218,7 +224,10 @@ class Tokens:
         """Of the ids that end an answer, the one with which the chat template ends it."""
         marker = "0123"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        after = self.chat.render(messages).rpartition(marker)[2]
+        try:
+            after = self.chat.render(messages).rpartition(marker)[2]
+        except TemplateRefusal:
+            return self.stop[0]
         for token in self.tokenizer.encode(after, add_special_tokens=False).ids:
             if token in self.stop:
                 return token

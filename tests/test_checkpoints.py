@@ -205,6 +205,12 @@ def test_older_config_files_mean_the_same(tmp_path):
         (dict(residual_multiplier=0.22), "residual_multiplier 0.22 is not supported for llama"),
         (dict(hidden_size="32"), "hidden_size must be a whole number"),
         (dict(num_key_value_heads=3), "multiple of num_key_value_heads"),
+        (dict(num_attention_heads=5, num_key_value_heads=1, head_dim=None), "hidden_size must be"),
+        (dict(head_dim=7), "head_dim must be even, not 7"),
+        (dict(num_hidden_layers=0), "num_hidden_layers must be at least 1"),
+        (dict(rope_parameters="linear"), "rope_parameters must be a JSON object"),
+        (dict(rms_norm_eps="small"), "rms_norm_eps must be a number above 0"),
+        (dict(tie_word_embeddings=1), "tie_word_embeddings must be true or false"),
     ],
     ids=str,
 )
