@@ -391,10 +391,10 @@ def hash_records(records):
 
 def column_names(paths):
     """{path: the shortest ending of it, without .json, that no other path has}."""
-    parts = {}
-    for path in paths:
-        stem = os.path.splitext(os.path.abspath(path))[0]
-        parts[path] = stem.split(os.sep)
+    stems = {path: os.path.splitext(os.path.abspath(path))[0] for path in paths}
+    if len(set(stems.values())) < len(stems):  # test.json and test.jsonl, for example
+        stems = {path: os.path.abspath(path) for path in paths}
+    parts = {path: stem.split(os.sep) for path, stem in stems.items()}
     names = {}
     for path in paths:
         for length in range(1, len(parts[path]) + 1):
@@ -406,7 +406,7 @@ def column_names(paths):
 
 
 def set_kind(records):
-    """ "word" for a commonsense set, whose answers are all words, else "number"."""
+    """How a set counts in the averages: "word" if all its answers are words, else "number"."""
     kinds = {answer_kind(record.answer) for record in records}
     return "word" if kinds == {"word"} else "number"
 
@@ -483,7 +483,7 @@ class Scorer:
 # The options that shape an adapter. Two commands that differ in one of them train two adapters;
 # those that differ in others (how answers are scored, how memory is saved) share theirs.
 SHAPING = (
-    "recipe template rank dropout targets calibrate lr warmup steps epochs batch_size weight_decay "
+    "template rank dropout targets calibrate lr warmup steps epochs batch_size weight_decay "
     "clip_norm seed validation validate_every cutoff over_cutoff loss_on by_length dtype"
 ).split()
 
@@ -518,11 +518,11 @@ def curvatures(args):
 
 
 def states_to_resume(args, adapters, data_hash):
-    """{name: the state to go on from, or None} of each adapter.
+    """{path: the state to go on from, or None} of each adapter's path.
 
     With --resume, ends the run if there is no state at all or if the data is not what it was.
     """
-    states = {adapter.name: None for adapter in adapters}
+    states = {adapter.path: None for adapter in adapters}
     if not args.resume:
         return states
     for adapter in adapters:
@@ -532,7 +532,7 @@ def states_to_resume(args, adapters, data_hash):
                 f"{adapter.state_path} cannot be resumed: the records of {args.data} are not those "
                 "that it was trained on. Restore them, or start anew without --resume"
             )
-        states[adapter.name] = state
+        states[adapter.path] = state
     if all(state is None for state in states.values()):
         sys.exit(
             f"there is nothing to resume: {adapters[0].state_path} does not exist. Every option "
@@ -550,11 +550,11 @@ def adapter_size(model):
 
 
 def calibrate(model, batches, device):
-    """Set each K from the first batch, cut to its shortest record so that no padding counts."""
+    """Set each K from the longer half of the first batch, cut to one length: no padding counts."""
     ids, labels = batches(0)
     lengths = (labels != IGNORE).long().cumsum(dim=1).argmax(dim=1) + 1
-    shortest = max(1, int(lengths.min()))
-    calibrate_curvature(model, ids[:, :shortest].to(device))
+    middle = lengths.median()
+    calibrate_curvature(model, ids[lengths >= middle, :middle].to(device))
 
 
 def train_adapter(args, base, adapter, batches, steps, state, data_hash, validation, device):
@@ -667,6 +667,7 @@ def read_inputs(args):
     if template is None and args.recipe is not None and args.family == "llama":
         template = "chat-alpaca"  # So the authors prompt Llama 3.
     tokens = Tokens(args.checkpoint, template)
+    args.template = tokens.template
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")
     records, tests = decided_by_main(read_all, args, tokens)
     for path, read in {args.data: records, **tests}.items():
@@ -760,7 +761,7 @@ def train_and_score(args, records, scorer, device):
     for adapter in adapters:
         if len(rows) > 1:
             remove_hyplora(base)
-        state = states[adapter.name]
+        state = states[adapter.path]
         seconds = train_adapter(
             args, base, adapter, batches, steps, state, data_hash, validation, device
         )

@@ -498,3 +498,5 @@ def test_what_is_wrong_is_found_before_the_weights_are_read(change, message, tmp
 def test_columns_have_the_shortest_names_that_differ():
     paths = ["data/gsm8k/test.json", "data/SVAMP/test.json", "data/boolq.json"]
     assert list(finetune.column_names(paths).values()) == ["gsm8k/test", "SVAMP/test", "boolq"]
+    paths = ["a/test.json", "a/test.jsonl"]
+    assert list(finetune.column_names(paths).values()) == ["test.json", "test.jsonl"]

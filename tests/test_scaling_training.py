@@ -246,7 +246,18 @@ def test_calibration_sets_the_curvature_from_the_first_batch(work):
     calibrated = finetune.main(argv)[1]["K"]
     guessed = finetune.main([*argv, "--no-calibrate"])[1]["K"]
     assert guessed == pytest.approx([0.5] * len(guessed), rel=1e-2)
-    assert max(calibrated) / min(calibrated) > 2  # down_proj's input is shorter than q_proj's
+    assert max(calibrated) / min(calibrated) > 2  # down_proj's input is not as long as q_proj's
+
+
+def test_calibration_sees_no_padding():
+    seen = []
+    model = torch.nn.Module()
+    records = [Record(i, "", [3] * n, [4]) for i, n in enumerate((2, 9, 5, 7))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "calibrate_curvature", lambda model, ids: seen.append(ids))
+        finetune.calibrate(model, Batches(records, 4, seed=0), torch.device("cpu"))
+    assert seen[0].shape == (3, 5)
+    assert bool((seen[0] == 3).all())
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
