@@ -85,11 +85,11 @@ FAMILIES = (*DEFAULTS, "gemma3")  # gemma3 is gemma3_text beside a vision tower,
 WITHOUT_EFFECT = (
     "architectures auto_map boi_token_id boi_token_index bos_token_id cache_implementation dtype "
     "dual_chunk_attention_config eoi_token_id eoi_token_index eos_token_id finetuning_task "
-    "id2label image_token_id image_token_index initializer_range label2id "
-    "max_position_embeddings mm_tokens_per_image model_type name_or_path output_attentions "
-    "output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
-    "task_specific_params text_config tokenizer_class torch_dtype transformers_version use_cache "
-    "vision_config"
+    "id2label image_token_id image_token_index initializer_range is_llama_config label2id "
+    "max_position_embeddings max_sequence_length mm_tokens_per_image model_type name_or_path "
+    "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
+    "task_specific_params text_config tokenizer_class torch_dtype transformers.js_config "
+    "transformers_version unsloth_fixed unsloth_version use_cache vision_config"
 ).split()
 # Fields that are accepted with the one value that asks for nothing.
 NEUTRAL = {"attention_dropout": 0, "partial_rotary_factor": 1, "chunk_size_feed_forward": 0}
@@ -335,9 +335,14 @@ def weight_files(folder):
     index = read_json(folder, "model.safetensors.index.json")
     names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
     for name in names:
-        if not os.path.exists(os.path.join(folder, name)):
-            said = "as its index says, but has no" if index else "it needs an index or the file"
-            raise ValueError(f"{folder}: the weights are in safetensors files, {said} {name}")
+        if os.path.exists(os.path.join(folder, name)):
+            continue
+        if index:
+            raise ValueError(f"{folder} lacks {name}, which model.safetensors.index.json names")
+        raise ValueError(
+            f"{folder} has neither model.safetensors.index.json nor model.safetensors; other formats "
+            "of weights are not read"
+        )
     return names
 
 

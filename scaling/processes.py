@@ -109,11 +109,14 @@ class Progress:
         return time.perf_counter() - self.start
 
     def __call__(self, done, what=""):
+        """done: how many of the total. what: text, or the loss as a tensor (read when printed)."""
         last = done == self.total
         live = sys.stdout.isatty()
         interval = 10 if live else max(1, self.total // 10)
         if not is_main() or (not last and done % interval != 0):
             return
+        if torch.is_tensor(what):
+            what = f"loss {what.item():.4f}"
         left = self.seconds() * (self.total - done) / done
         line = f"{self.label:<22} {done}/{self.total}  {what}  {left:3.0f} s left"
         if live:

@@ -238,7 +238,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
-            progress(done, f"loss {loss.item():.4f}")
+            progress(done, loss)
             last = done == plan.steps
             saves = stop or last or (plan.save_every > 0 and done % plan.save_every == 0)
             if saves or step % 50 == 0:

@@ -81,6 +81,7 @@ def test_a_full_disk_and_a_nan_loss_leave_a_usable_state(work, monkeypatch):
     kept = state.read_bytes()
 
     def disk_full(content, file):
+        file = file if hasattr(file, "write") else open(file, "wb")
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
