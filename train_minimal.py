@@ -1,8 +1,8 @@
 """See HypLoRA learn, in under a minute, on one CPU core, with nothing to download.
 
 A tiny GPT learns two-digit addition from scratch and is frozen. Adapters then teach it subtraction,
-once as LoRA and once as HypLoRA, from the same start and on the same batches. The last thing printed
-is a table of both, scored on pairs of numbers that no phase has seen.
+once as LoRA and once as HypLoRA, from the same start and on the same batches. The table that is
+printed at the end has both, scored on pairs of numbers that no phase has seen.
 
     python train_minimal.py                              # the sanity check
     python train_minimal.py --seeds 3                    # mean and spread over three seeds
@@ -34,12 +34,12 @@ from hyplora import (
     save_hyplora,
 )
 
-# --- The sums -------------------------------------------------------------------------------------
+# --- The sums -----------------------------------------------------------------------------------
 #
-# A sum is a row of tokens, one for each character. The answer has three digits, the lowest first, as
-# one writes them when adding on paper: 12 + 34 = 46 becomes the characters 1 2 + 3 4 = 6 4 0 and the
-# tokens 1 2 10 3 4 12 6 4 0. The model reads all but the last token and predicts all but the first;
-# the loss counts the predictions of the answer's three digits.
+# A sum is a row of tokens, one for each character. The answer has three digits, the lowest first,
+# as one writes them when adding on paper: 12 + 34 = 46 becomes the characters 1 2 + 3 4 = 6 4 0 and
+# the tokens 1 2 10 3 4 12 6 4 0. The model reads all but the last token and predicts what comes
+# next; the loss counts its predictions of the answer's three digits.
 
 VOCABULARY = "0123456789+-="
 ANSWER = 3  # digits
@@ -86,7 +86,7 @@ def show(row):
     return text[:-ANSWER] + text[-ANSWER:][::-1]
 
 
-# --- The model: a GPT as they are built today -----------------------------------------------------
+# --- The model: a GPT as they are built today ---------------------------------------------------
 
 
 def rotate(x, positions):
@@ -153,6 +153,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, len(VOCABULARY), bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        for block in self.blocks:  # Each block starts as the identity, which trains faster.
+            nn.init.zeros_(block.attention.o_proj.weight)
+            nn.init.zeros_(block.mlp.down_proj.weight)
 
     def forward(self, tokens):
         """(batch, T) -> logits (batch, T, vocabulary)."""
@@ -171,7 +175,7 @@ class GPT(nn.Module):
         return tokens
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 
 def loss_of(model, sums):
@@ -205,18 +209,19 @@ def train(model, parameters, task, steps, batch_size, lr, seed, label):
     return time.perf_counter() - start
 
 
-# --- Scoring --------------------------------------------------------------------------------------
+# --- Scoring ------------------------------------------------------------------------------------
 
 
-def test_sums(model, task):
+def some_sums(model, task, held_out=True):
+    """The sums that no phase trains on, or all others: (N, T) on the model's device."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(1)
-    return make_sums(task, pairs_of_numbers(held_out=True), generator).to(device)
+    return make_sums(task, pairs_of_numbers(held_out), generator).to(device)
 
 
 def percent_right(model, task):
     """Exact answers to the sums that no phase has seen, in percent."""
-    sums = test_sums(model, task)
+    sums = some_sums(model, task)
     right = (model.answer(sums[:, :-ANSWER]) == sums).all(dim=1)
     return 100 * right.float().mean().item()
 
@@ -224,7 +229,7 @@ def percent_right(model, task):
 def what_it_did(model, task):
     """For each kind of layer: by what factor HypLoRA's update differs in length from BAx."""
     kinds = {}
-    for name, numbers in hyplora_statistics(model, test_sums(model, task)[:, :-1]).items():
+    for name, numbers in hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
         kinds.setdefault(name.rpartition(".")[2], []).append(numbers)
     parts = []
     for kind, layers in kinds.items():
@@ -251,14 +256,14 @@ def table(rows):
     return "\n".join(lines)
 
 
-# --- Main -----------------------------------------------------------------------------------------
+# --- Main ---------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Teach a tiny frozen GPT a new kind of sum, with LoRA and with HypLoRA.",
-        epilog="With --checkpoint and --data a real model is fine-tuned instead; that has options of "
-        "its own: python -m scaling.finetune --help",
+        epilog="With --checkpoint and --data a real model is fine-tuned instead, which has options "
+        "of its own: python -m scaling.finetune --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -267,13 +272,13 @@ def parse_arguments(argv):
     add("--no-calibrate", action="store_true", help="keep the guess of K")
     add("--rank", type=int, default=8, help="of the adapters")
     add("--alpha", type=float, default=16.0, help="the updates are scaled by alpha / rank")
-    add("--lr", type=float, default=5e-3, help="peak learning rate of the adapters")
-    add("--steps", type=int, default=500, help="training steps of an adapter")
-    add("--base-steps", type=int, default=500, help="training steps of the base")
+    add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")
+    add("--steps", type=int, default=400, help="training steps of an adapter")
+    add("--base-steps", type=int, default=600, help="training steps of the base")
     add("--batch-size", type=int, default=64, help="sums in a step of an adapter")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
     add("--width", type=int, default=64, help="of the GPT")
-    add("--layers", type=int, default=3, help="of the GPT")
+    add("--layers", type=int, default=2, help="of the GPT")
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
     add("--out", default="runs", help="folder for the adapters")
     return parser.parse_args(argv)
@@ -292,11 +297,10 @@ def main(argv=None):
 
     torch.manual_seed(0)
     model = GPT(args.width, args.layers, heads=4).to(args.device)
-    train(model, model.parameters(), "add", args.base_steps, 256, 5e-3, 0, "the base learns a+b")
-    on_new = f"% {args.task}"
-    before = percent_right(model, "add")
-    rows = [{"adapter": "none (the base)", on_new: percent_right(model, args.task)}]
-    rows[0].update({"% add, adapter off": before, "parameters": 0, "seconds": 0})
+    train(model, model.parameters(), "add", args.base_steps, 128, 5e-3, 0, "the base learns a+b")
+    new, old = f"% {args.task}", "% add, adapter off"
+    rows = [{"adapter": "none (the base)", new: percent_right(model, args.task)}]
+    rows[0].update({old: percent_right(model, "add"), "parameters": 0, "seconds": 0})
 
     for curvature in [math.inf, *args.curvature]:
         name = "LoRA" if curvature == math.inf else f"HypLoRA {curvature:g}"
@@ -305,27 +309,27 @@ def main(argv=None):
             options = dict(rank=args.rank, alpha=args.alpha, curvature=curvature)
             inject_hyplora(model, "all-linear", **options)
             if not args.no_calibrate:
-                calibrate_curvature(model, test_sums(model, args.task)[:, :-1])
+                calibrate_curvature(model, some_sums(model, args.task, held_out=False)[:256, :-1])
             groups = hyplora_parameters(model)
             label = f"{name}, seed {seed}, learns {TASKS[args.task][:-1]}"
             seconds = train(
                 model, groups, args.task, args.steps, args.batch_size, args.lr, seed, label
             )
-            row = {"adapter": name, on_new: percent_right(model, args.task)}
+            row = {"adapter": name, new: percent_right(model, args.task)}
             with disable_hyplora(model):
-                row["% add, adapter off"] = percent_right(model, "add")
+                row[old] = percent_right(model, "add")
             row["parameters"] = sum(p.numel() for group in groups for p in group["params"])
             row["seconds"] = seconds
             rows.append(row)
             if curvature < math.inf:
-                print(f"Length of its update over BAx's: {what_it_did(model, args.task)}")
+                print(f"Its update is longer than BAx by {what_it_did(model, args.task)}")
             path = os.path.join(args.out, f"{args.task}-{name.replace(' ', '-')}-{seed}.pt")
             save_hyplora(model, path)
             remove_hyplora(model)
 
     print(f"\n{table(rows)}\n")
     load_hyplora(model, path)
-    sums = test_sums(model, args.task)[::200]
+    sums = some_sums(model, args.task)[::200]
     answers = ", ".join(show(row) for row in model.answer(sums[:, :-ANSWER]).tolist())
     print(f"{path}, loaded into the frozen base, answers: {answers}")
     return rows
