@@ -4,12 +4,9 @@ A tiny GPT learns two-digit addition from scratch and is frozen. Adapters then t
 once as LoRA and once as HypLoRA, from the same start and on the same batches. The table that is
 printed at the end has both, scored on pairs of numbers that no phase has seen.
 
-    python train_minimal.py                              # the sanity check
-    python train_minimal.py --seeds 3                    # mean and spread over three seeds
-    python train_minimal.py --curvature 0.1 0.5 1.0      # the paper's ablation
-    python train_minimal.py --checkpoint DIR --data FILE # a real model: see scaling/README.md
-
-Read in this order: the sums, the model, training, scoring, main.
+    python train_minimal.py                                 # the sanity check
+    python train_minimal.py --seeds 3                       # mean and spread over three seeds
+    python train_minimal.py --checkpoint DIR --data FILE    # a real model: see scaling/README.md
 """
 
 import argparse
@@ -166,12 +163,11 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(x))
 
     @torch.no_grad()
-    def answer(self, questions):
+    def answer(self, tokens):
         """The most likely answers, digit by digit: (batch, T) -> (batch, T + ANSWER)."""
-        tokens = questions
         for _ in range(ANSWER):
-            next_token = self(tokens)[:, -1:].argmax(dim=-1)
-            tokens = torch.cat([tokens, next_token], dim=1)
+            digit = self(tokens)[:, -1:].argmax(dim=-1)
+            tokens = torch.cat([tokens, digit], dim=1)
         return tokens
 
 
@@ -227,16 +223,16 @@ def percent_right(model, task):
 
 
 def what_it_did(model, task):
-    """For each kind of layer: by what factor HypLoRA's update differs in length from BAx."""
+    """For each kind of layer, phi = |update| / |BAx|. Without a spread it would be LoRA's alpha."""
     kinds = {}
     for name, numbers in hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
         kinds.setdefault(name.rpartition(".")[2], []).append(numbers)
-    parts = []
+    lines = []
     for kind, layers in kinds.items():
         phi = statistics.mean(numbers["phi"] for numbers in layers)
         spread = statistics.mean(numbers["phi_spread"] for numbers in layers)
-        parts.append(f"{kind} {phi:.2f} ± {spread:.2f}")
-    return ", ".join(parts)
+        lines.append(f"  {kind:<10} {phi:.2f} ± {spread:.2f}")
+    return "\n".join(lines)
 
 
 def table(rows):
@@ -248,10 +244,8 @@ def table(rows):
         cells = [name]
         for column in columns:
             values = [row[column] for row in rows if row["adapter"] == name]
-            cell = f"{statistics.mean(values):.1f}"
-            if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.1f}"
-            cells.append(cell)
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -262,8 +256,7 @@ def table(rows):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Teach a tiny frozen GPT a new kind of sum, with LoRA and with HypLoRA.",
-        epilog="With --checkpoint and --data a real model is fine-tuned instead, which has options "
-        "of its own: python -m scaling.finetune --help",
+        epilog="For --checkpoint and --data, see python -m scaling.finetune --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -309,29 +302,27 @@ def main(argv=None):
             options = dict(rank=args.rank, alpha=args.alpha, curvature=curvature)
             inject_hyplora(model, "all-linear", **options)
             if not args.no_calibrate:
-                calibrate_curvature(model, some_sums(model, args.task, held_out=False)[:256, :-1])
+                sample = some_sums(model, args.task, held_out=False)[:256, :-1]
+                calibrate_curvature(model, sample)
             groups = hyplora_parameters(model)
-            label = f"{name}, seed {seed}, learns {TASKS[args.task][:-1]}"
-            seconds = train(
-                model, groups, args.task, args.steps, args.batch_size, args.lr, seed, label
-            )
-            row = {"adapter": name, new: percent_right(model, args.task)}
+            how = (args.task, args.steps, args.batch_size, args.lr, seed, f"{name}, seed {seed}")
+            row = {"adapter": name, "seconds": train(model, groups, *how)}
+            row[new] = percent_right(model, args.task)
             with disable_hyplora(model):
                 row[old] = percent_right(model, "add")
             row["parameters"] = sum(p.numel() for group in groups for p in group["params"])
-            row["seconds"] = seconds
             rows.append(row)
             if curvature < math.inf:
-                print(f"Its update is longer than BAx by {what_it_did(model, args.task)}")
+                print("|update| / |BAx| over the tokens of the test, mean and spread:")
+                print(what_it_did(model, args.task))
             path = os.path.join(args.out, f"{args.task}-{name.replace(' ', '-')}-{seed}.pt")
             save_hyplora(model, path)
             remove_hyplora(model)
 
     print(f"\n{table(rows)}\n")
     load_hyplora(model, path)
-    sums = some_sums(model, args.task)[::200]
-    answers = ", ".join(show(row) for row in model.answer(sums[:, :-ANSWER]).tolist())
-    print(f"{path}, loaded into the frozen base, answers: {answers}")
+    answers = model.answer(some_sums(model, args.task)[::200, :-ANSWER]).tolist()
+    print(f"{path}, loaded into the frozen base, answers {', '.join(map(show, answers))}")
     return rows
 
 
