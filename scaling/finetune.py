@@ -47,7 +47,7 @@ from scaling.scoring import (
     extract,
     score_records,
 )
-from scaling.training import Plan, mean_loss, read_state, train
+from scaling.training import Plan, adapter_effect, mean_loss, read_state, train
 
 # -------------------------------------------------------------------------------------------------
 # The command line
@@ -549,12 +549,12 @@ def adapter_size(model):
     return size
 
 
-def calibrate(model, batches, device):
-    """Set each K from the longer half of the first batch, cut to one length: no padding counts."""
+def sample_tokens(batches):
+    """The longer half of the first batch, cut to one length so that it has no padding: (n, T)."""
     ids, labels = batches(0)
     lengths = (labels != IGNORE).long().cumsum(dim=1).argmax(dim=1) + 1
     middle = lengths.median()
-    calibrate_curvature(model, ids[lengths >= middle, :middle].to(device))
+    return ids[lengths >= middle, :middle]
 
 
 def train_adapter(args, base, adapter, batches, steps, state, data_hash, validation, device):
@@ -569,7 +569,7 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
         dropout=args.dropout,
     )
     if args.calibrate and adapter.curvature < math.inf and state is None:
-        calibrate(base, batches, device)
+        calibrate_curvature(base, sample_tokens(batches).to(device))
     groups = hyplora_parameters(base)
     for group in groups:
         same_start(group["params"])
@@ -592,6 +592,9 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
     if is_main():
         save_hyplora(base, adapter.path)
     say(f"{adapter.name} is saved: {adapter.path}")
+    effect = adapter_effect(base, sample_tokens(batches).to(device))
+    if effect:
+        say(f"What it does to the tokens of the first batch:\n\n{effect}\n")
     return seconds
 
 
