@@ -350,7 +350,7 @@ def read_all(args, tokens):
     """(training records, {path: test records}) of the files that the options name."""
     records = []
     if args.data is not None:
-        records = read_records(args.data, tokens, args.cutoff, args.over_cutoff, args.on_bad)
+        records = read_records(args.data, tokens, args.cutoff, args.on_bad, args.over_cutoff)
         if args.loss_on == "answer":
             records = with_answers(args.data, records)
     tests = {}

@@ -5,6 +5,7 @@ that was stopped and resumed ends, bit for bit, where an uninterrupted one does.
 """
 
 import os
+import pickle
 import signal
 import sys
 from dataclasses import dataclass
@@ -168,7 +169,10 @@ def read_state(path):
 def read_state_here(path):
     if not os.path.exists(path):
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        sys.exit(f"{path} is damaged, so that nothing can go on from it: {error}")
 
 
 class Best:

@@ -105,6 +105,12 @@ def test_resume_says_so_when_there_is_nothing_to_resume(work):
     finetune.main(argv)
     with pytest.raises(SystemExit, match="nothing to resume"):
         finetune.main([*argv, "--resume", "--lr", "1e-3"])
+    (state,) = (work / "out").glob("state-*.pt")
+    kept = state.read_bytes()
+    state.write_bytes(kept[:1000])
+    with pytest.raises(SystemExit, match="is damaged"):
+        finetune.main([*argv, "--resume"])
+    state.write_bytes(kept)
     write_sums(work / "sums.json", first=3)
     with pytest.raises(SystemExit, match="records of .*sums.json are not those"):
         finetune.main([*argv, "--resume"])
