@@ -39,7 +39,15 @@ from scaling.processes import (
     say,
     start_processes,
 )
-from scaling.records import IGNORE, TEMPLATES, Batches, Tokens, read_records, seeded
+from scaling.records import (
+    IGNORE,
+    TEMPLATES,
+    Batches,
+    Tokens,
+    read_chat_template,
+    read_records,
+    seeded,
+)
 from scaling.scoring import (
     LETTER_RULES,
     answer_kind,
@@ -668,7 +676,8 @@ def read_inputs(args):
     config = read_config(args.checkpoint)
     template = args.template
     if template is None and args.recipe is not None and args.family == "llama":
-        template = "chat-alpaca"  # So the authors prompt Llama 3.
+        if read_chat_template(args.checkpoint) is not None:
+            template = "chat-alpaca"  # So the authors prompt Llama 3.
     tokens = Tokens(args.checkpoint, template)
     args.template = tokens.template
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")
