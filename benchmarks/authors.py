@@ -318,10 +318,11 @@ at 1.0 fits either.
 
 ## What speaks for their code
 
-- Their unit of length is a parameter that starts at sqrt(d_in) and learns, so that it can find by
-  itself what `calibrate_curvature` has to measure.
-- The radius is clipped at 12, a bound that `hyplora.py` has taken over.
-- The maps and the products are computed in float32, whatever autocast says.
+- The unit of length of `hyplora` is a parameter that starts at sqrt(d_in) and learns, so that it
+  can find by itself what `calibrate_curvature` has to measure. The formula without calibration is
+  close to LoRA where activations are shorter than sqrt(d_in), as they are in real models.
+- `hyplora` clips the radius at 12, a bound that `hyplora.py` has taken over, and computes maps and
+  products in float32, whatever autocast says.
 - The published gains come from these layers. Nobody has shown yet that the formula does better.
 """
 

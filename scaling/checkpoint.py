@@ -340,8 +340,8 @@ def weight_files(folder):
         if index:
             raise ValueError(f"{folder} lacks {name}, which model.safetensors.index.json names")
         raise ValueError(
-            f"{folder} has neither model.safetensors.index.json nor model.safetensors; other formats "
-            "of weights are not read"
+            f"{folder} has neither model.safetensors.index.json nor model.safetensors; other "
+            "formats of weights are not read"
         )
     return names
 

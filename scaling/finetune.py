@@ -39,7 +39,15 @@ from scaling.processes import (
     say,
     start_processes,
 )
-from scaling.records import IGNORE, TEMPLATES, Batches, Tokens, read_records, seeded
+from scaling.records import (
+    IGNORE,
+    TEMPLATES,
+    Batches,
+    Tokens,
+    read_chat_template,
+    read_records,
+    seeded,
+)
 from scaling.scoring import (
     LETTER_RULES,
     answer_kind,
@@ -47,7 +55,7 @@ from scaling.scoring import (
     extract,
     score_records,
 )
-from scaling.training import Plan, mean_loss, read_state, train
+from scaling.training import Plan, adapter_effect, mean_loss, read_state, train
 
 # -------------------------------------------------------------------------------------------------
 # The command line
@@ -350,7 +358,7 @@ def read_all(args, tokens):
     """(training records, {path: test records}) of the files that the options name."""
     records = []
     if args.data is not None:
-        records = read_records(args.data, tokens, args.cutoff, args.over_cutoff, args.on_bad)
+        records = read_records(args.data, tokens, args.cutoff, args.on_bad, args.over_cutoff)
         if args.loss_on == "answer":
             records = with_answers(args.data, records)
     tests = {}
@@ -549,12 +557,12 @@ def adapter_size(model):
     return size
 
 
-def calibrate(model, batches, device):
-    """Set each K from the longer half of the first batch, cut to one length: no padding counts."""
+def sample_tokens(batches):
+    """The longer half of the first batch, cut to one length so that it has no padding: (n, T)."""
     ids, labels = batches(0)
     lengths = (labels != IGNORE).long().cumsum(dim=1).argmax(dim=1) + 1
     middle = lengths.median()
-    calibrate_curvature(model, ids[lengths >= middle, :middle].to(device))
+    return ids[lengths >= middle, :middle]
 
 
 def train_adapter(args, base, adapter, batches, steps, state, data_hash, validation, device):
@@ -569,7 +577,7 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
         dropout=args.dropout,
     )
     if args.calibrate and adapter.curvature < math.inf and state is None:
-        calibrate(base, batches, device)
+        calibrate_curvature(base, sample_tokens(batches).to(device))
     groups = hyplora_parameters(base)
     for group in groups:
         same_start(group["params"])
@@ -592,6 +600,9 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
     if is_main():
         save_hyplora(base, adapter.path)
     say(f"{adapter.name} is saved: {adapter.path}")
+    effect = adapter_effect(base, sample_tokens(batches).to(device))
+    if effect:
+        say(f"What it does to the tokens of the first batch:\n\n{effect}\n")
     return seconds
 
 
@@ -665,7 +676,8 @@ def read_inputs(args):
     config = read_config(args.checkpoint)
     template = args.template
     if template is None and args.recipe is not None and args.family == "llama":
-        template = "chat-alpaca"  # So the authors prompt Llama 3.
+        if read_chat_template(args.checkpoint) is not None:
+            template = "chat-alpaca"  # So the authors prompt Llama 3.
     tokens = Tokens(args.checkpoint, template)
     args.template = tokens.template
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")

@@ -422,7 +422,7 @@ def read_record(element, position, tokens, for_scoring, cutoff, over_cutoff):
 
 
 def read_records(
-    path, tokens, cutoff=None, over_cutoff="leave-out", on_bad="skip", for_scoring=False
+    path, tokens, cutoff=None, on_bad="skip", over_cutoff="leave-out", for_scoring=False
 ):
     """A file of records -> a list of Record.
 

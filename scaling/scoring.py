@@ -90,9 +90,10 @@ def extract(output, answer, letters="first"):
 def is_right(output, answer, letters="first"):
     """Whether the output answers the question, by the paper's rules; see extract().
 
-    output, answer: text. Numbers may differ by 0.001. Raises ValueError if answer cannot be scored.
+    output: text. answer: text, or a number. Numbers may differ by 0.001. Raises ValueError if the
+    answer cannot be scored.
     """
-    answer = answer.strip()
+    answer = str(answer).strip()
     found = extract(output, answer, letters)
     if found is None:
         return False

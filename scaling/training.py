@@ -5,6 +5,7 @@ that was stopped and resumed ends, bit for bit, where an uninterrupted one does.
 """
 
 import os
+import pickle
 import signal
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from hyplora import hyplora_state_dict, save_atomically, set_hyplora_state_dict
+from hyplora import (
+    HypLoRALinear,
+    hyplora_state_dict,
+    hyplora_update,
+    save_atomically,
+    set_hyplora_state_dict,
+)
 from scaling.processes import (
     Progress,
     decided_by_main,
@@ -162,7 +169,10 @@ def read_state(path):
 def read_state_here(path):
     if not os.path.exists(path):
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        sys.exit(f"{path} is damaged, so that nothing can go on from it: {error}")
 
 
 class Best:
@@ -269,3 +279,67 @@ def train(
         peak = torch.cuda.max_memory_allocated() / 2**30
         say(f"{label}: {speed:.0f} tokens/s, at most {peak:.1f} GB on this GPU")
     return progress.seconds()
+
+
+class LengthRecorder:
+    """A forward hook that keeps the lengths at one HypLoRA layer, for each token that it sees."""
+
+    def __init__(self):
+        self.radius = None  # |x| / sqrt K
+        self.gain = None  # |BAx| / |x|
+        self.phi = None  # |update| / |BAx|
+
+    def __call__(self, layer, inputs):
+        x = inputs[0].detach().flatten(0, -2).float()
+        A = layer.lora_A.detach().float()
+        B = layer.lora_B.detach().float()
+        K = layer.K.detach().float()
+        smallest = torch.finfo(torch.float32).tiny
+        token = x.norm(dim=-1).clamp(min=smallest)
+        product = (x @ A.T @ B.T).norm(dim=-1).clamp(min=smallest)
+        update = hyplora_update(x, A, B, K, layer.max_radius).norm(dim=-1)
+        self.radius = token / K.sqrt()
+        self.gain = product / token
+        self.phi = update / product
+
+
+@torch.no_grad()
+def adapter_effect(model, ids):
+    """What the HypLoRA adapters do to these tokens, as a Markdown table with a row a kind of layer.
+
+    ids: (batch, T), without padding. The radius is a token's length in units of sqrt K; the gain is
+    |BAx| / |x|; phi is |update| / |BAx|, which is 1 for LoRA. The spread is phi's standard
+    deviation over the tokens of a layer, over its mean: near 0, the adapter is a LoRA with another
+    alpha. Returns "" for a model whose adapters are all LoRA.
+    """
+    recorders = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, HypLoRALinear) and torch.as_tensor(layer.K).isfinite().all():
+            recorder = LengthRecorder()
+            recorders.setdefault(name.split(".")[-1], []).append(recorder)
+            hooks.append(layer.register_forward_pre_hook(recorder))
+    if not recorders:
+        return ""
+    was_training = model.training
+    model.eval()
+    model(ids, last_only=True)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    lines = [
+        "| input of | radius (5 % to 95 %) | gain | phi | its spread within a layer |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, found in recorders.items():
+        radius = torch.cat([recorder.radius for recorder in found])
+        low, high = radius.quantile(torch.tensor([0.05, 0.95], device=radius.device)).tolist()
+        gain = torch.cat([recorder.gain for recorder in found]).mean().item()
+        phi = torch.cat([recorder.phi for recorder in found]).mean().item()
+        spreads = [(recorder.phi.std() / recorder.phi.mean()).item() for recorder in found]
+        spread = 100 * sum(spreads) / len(spreads)
+        lines.append(
+            f"| {kind} | {radius.mean().item():.2f} ({low:.2f} to {high:.2f}) | {gain:.3f} | "
+            f"{phi:.3f} | {spread:.1f} % |"
+        )
+    return "\n".join(lines)

@@ -451,6 +451,30 @@ def test_the_recipes_alphas_are_the_authors(recipe, family, alpha):
 
 
 @pytest.mark.parametrize(
+    "template, recipe, family, used",
+    [
+        (None, None, "llama", "alpaca"),
+        (None, "paper", "llama", "alpaca"),
+        (CHATML, None, "llama", "chat"),
+        (CHATML, "paper", "llama", "chat-alpaca"),
+        (CHATML, "paper", "qwen2", "chat"),
+    ],
+)
+def test_the_recipe_prompts_as_the_authors_do(template, recipe, family, used, tmp_path):
+    pytest.importorskip("jinja2")
+    if template is None:
+        write_small_checkpoint(tmp_path / "model", model_type=family)
+    else:
+        chat_folder(tmp_path / "model", template, model_type=family)
+    data = write_sums(tmp_path / "sums.json")
+    args = parse(f"--checkpoint {tmp_path}/model --data {data} --validation 5")
+    args.recipe = recipe
+    args.family = family
+    tokens, _, _ = finetune.read_inputs(args)
+    assert tokens.template == args.template == used
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ("--data x", "add --checkpoint DIR"),
