@@ -49,7 +49,7 @@ STEP = {
     ("toy", "cuda"): (8, 64),
     ("135m", "cuda"): (8, 1024),
     ("1.5b", "cuda"): (4, 1024),
-    ("7b", "cuda"): (4, 1024),
+    ("7b", "cuda"): (2, 1024),
     ("toy", "cpu"): (8, 16),
     ("135m", "cpu"): (1, 64),
 }
@@ -446,7 +446,7 @@ def whole_model(shape, args):
     base = build(SHAPES[shape], device, torch.bfloat16 if device == "cuda" else torch.float32)
     ids = torch.randint(0, SHAPES[shape][6], (batch, length), device=device)
     say(f"{shape}: built after {time.perf_counter() - start:.1f} s")
-    names = [name for name in CONTENDERS if args.only is None or name in args.only]
+    names = args.only or [name for name in CONTENDERS if name not in args.without]
     where = machine(device)
     parts = {"step", "decode", "compiled"} if args.parts is None else set(args.parts)
     contenders = make(names, base, args) if parts & {"step", "decode"} else {}
@@ -648,6 +648,7 @@ def main():
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[])
     parser.add_argument("--parts", nargs="+", choices=["step", "decode", "compiled"])
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders")
+    parser.add_argument("--without", nargs="+", default=[], help="leave these contenders out")
     parser.add_argument("--scale", action="store_true", help="the table over sizes")
     parser.add_argument("--parallel", choices=["replicated", "sharded"])
     parser.add_argument("--batch", type=int)
@@ -655,11 +656,19 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=30, help="the budget of a table's rounds")
     parser.add_argument("--dry-run", action="store_true", help="leave RESULTS.md as it is")
+    parser.add_argument(
+        "--any-shape", action="store_true", help="compile the adapter once for all shapes of layers"
+    )
     args = parser.parse_args()
     args.words = sys.argv[1:]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     warnings.filterwarnings("ignore")
     torch._dynamo.config.recompile_limit = 64
+    if args.any_shape:
+        import torch.fx.experimental._config
+
+        torch._dynamo.config.force_parameter_static_shapes = False
+        torch.fx.experimental._config.use_duck_shape = False
     for shape in args.shape:
         if args.parallel:
             processes(shape, args)
