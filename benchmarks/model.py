@@ -24,6 +24,8 @@ import time
 import warnings
 
 import torch
+import torch._dynamo.config
+import torch.fx.experimental._config
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -665,8 +667,6 @@ def main():
     warnings.filterwarnings("ignore")
     torch._dynamo.config.recompile_limit = 64
     if args.any_shape:
-        import torch.fx.experimental._config
-
         torch._dynamo.config.force_parameter_static_shapes = False
         torch.fx.experimental._config.use_duck_shape = False
     for shape in args.shape:
