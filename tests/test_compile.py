@@ -103,7 +103,8 @@ def test_values_and_gradients_are_those_of_the_eager_layers(dtype):
     finally:
         hyplora.hyplora_update = eager
     for got, want in zip(results[1], results[0]):
-        bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        # The float32 gradient of an eager lora_K itself is up to 1e-5 away from float64's here.
+        bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
         assert (got - want).float().norm() <= bound * want.float().norm()
 
 
