@@ -1,0 +1,683 @@
+"""What a user waits for: training steps and generation of whole models, beside PEFT's LoRA.
+
+The models have the shapes of published ones and random weights in bfloat16; all contenders share
+one frozen base. The adapters are those of the paper: q, k, v, up and down, rank 32, float32
+parameters (PEFT's default, too; a second PEFT row has bfloat16 ones). Contenders take turns within
+a round, and a ratio is the median of the rounds' ratios, with quartiles. Each table goes into
+RESULTS.md as soon as it is finished, and a contender that fails is a row that says why.
+
+    python -m benchmarks.model --shape toy 135m                   # on the CPU: minutes
+    python -m benchmarks.model --shape 135m 1.5b 7b               # on a GPU
+    python -m benchmarks.model --scale                            # one table over all sizes
+    torchrun --nproc-per-node 2 -m benchmarks.model --shape 7b --parallel replicated
+
+Needs transformers and peft: pip install -r benchmarks/requirements.txt
+"""
+
+import argparse
+import copy
+import gc
+import math
+import os
+import statistics
+import time
+import warnings
+
+import torch
+import torch._dynamo.config
+import torch.fx.experimental._config
+import torch.nn as nn
+import torch.nn.functional as F
+
+import hyplora
+from benchmarks.authors import authors_update, simplified_update
+from benchmarks.report import machine, ratio, stamp, write_section
+from hyplora import HypLoRALinear, hyplora_parameters, inject_hyplora
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+BASELINE = "PEFT LoRA"
+EAGER_UPDATE = hyplora.hyplora_update
+RANK = 32
+
+# width, blocks, heads, key and value heads, width of the MLP, vocabulary, tied embeddings
+SHAPES = {
+    "toy": ("Llama", 64, 2, 4, 2, 128, 256, True),
+    "135m": ("Llama", 576, 30, 9, 3, 1536, 49152, True),
+    "1.5b": ("Qwen2", 1536, 28, 12, 2, 8960, 151936, True),
+    "7b": ("Qwen2", 3584, 28, 28, 4, 18944, 152064, False),
+}
+# (batch, sequence length) of a training step
+STEP = {
+    ("toy", "cuda"): (8, 64),
+    ("135m", "cuda"): (8, 1024),
+    ("1.5b", "cuda"): (4, 1024),
+    ("7b", "cuda"): (2, 1024),
+    ("toy", "cpu"): (8, 16),
+    ("135m", "cpu"): (1, 64),
+}
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def build(shape, device, dtype):
+    """A model with random weights, made on the device."""
+    import transformers
+
+    family, width, blocks, heads, kv_heads, mlp, vocabulary, tied = shape
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{family}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).requires_grad_(False).train()
+
+
+def sharing(model):
+    """A copy of the model's modules around the same weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+# --- Contenders ---------------------------------------------------------------------------------
+
+
+class AuthorsLinear(nn.Module):
+    """base(x) + scaling * the update of one of the authors' layers, in float32 as in theirs."""
+
+    def __init__(self, base, rank, kind):
+        super().__init__()
+        device = base.weight.device
+        self.base = base
+        self.kind = kind
+        self.scaling = 2.0
+        A = torch.randn(rank, base.in_features, device=device)
+        self.lora_A = nn.Parameter(A / math.sqrt(base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.k = nn.Parameter(torch.tensor(0.5, device=device))
+        if kind == "hyplora":
+            self.unit = nn.Parameter(torch.tensor(math.sqrt(base.in_features), device=device))
+
+    def forward(self, x):
+        out = self.base(x)
+        if self.kind == "hyplora":
+            update = authors_update(x.float(), self.lora_A, self.lora_B, self.k, self.unit)
+        else:
+            update = simplified_update(x.float(), self.lora_A, self.lora_B, self.k)
+        return out + (self.scaling * update).to(out.dtype)
+
+
+def as_base(model, rank):
+    """The frozen model. Gradients reach its embeddings, so that backward has its usual length."""
+
+    def require(module, inputs, output):
+        return output.detach().requires_grad_(torch.is_grad_enabled())
+
+    model.get_input_embeddings().register_forward_hook(require)
+    return model
+
+
+def with_peft(dora=False, wide=True):
+    def adapt(model, rank):
+        import peft
+
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=TARGETS, use_dora=dora, lora_dropout=0.0
+        )
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+        if not wide:
+            for p in adapted.parameters():
+                if p.requires_grad:
+                    p.data = p.data.to(model.dtype)
+        return adapted
+
+    return adapt
+
+
+def with_ours(curvature):
+    def adapt(model, rank):
+        inject_hyplora(model, TARGETS, rank=rank, alpha=2 * rank, curvature=curvature)
+        return model
+
+    return adapt
+
+
+def with_compiled_layers(model, rank):
+    """Base, adapter and sum of each layer in one compiled region."""
+    with_ours(0.5)(model, rank)
+    for layer in model.modules():
+        if isinstance(layer, HypLoRALinear):
+            layer.compile(dynamic=True)
+    return model
+
+
+def with_authors(kind):
+    def adapt(model, rank):
+        for owner in list(model.modules()):
+            for name, child in list(owner.named_children()):
+                if name in TARGETS:
+                    setattr(owner, name, AuthorsLinear(child, rank, kind))
+        return model
+
+    return adapt
+
+
+CONTENDERS = {
+    BASELINE: with_peft(),
+    "base, frozen": as_base,
+    "PEFT LoRA, bfloat16 adapters": with_peft(wide=False),
+    "our LoRA": with_ours(math.inf),
+    "HypLoRA": with_ours(0.5),
+    "HypLoRA, compiled update": with_ours(0.5),
+    "HypLoRA, compiled layers": with_compiled_layers,
+    "PEFT DoRA": with_peft(dora=True),
+    "authors' hyplora": with_authors("hyplora"),
+    "authors' hyplora_simplified": with_authors("hyplora_simplified"),
+}
+COMPILED_BLOCKS = (BASELINE, "base, frozen", "our LoRA", "HypLoRA")
+
+
+class Contender:
+    """A model with its adapters and optimizer, and the state of hyplora_update that it needs."""
+
+    def __init__(self, name, base, rank, compiled_update):
+        self.update = compiled_update if name == "HypLoRA, compiled update" else EAGER_UPDATE
+        self.model = CONTENDERS[name](sharing(base), rank)
+        for key, p in self.model.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(p, std=0.01)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = None
+        if trained:
+            fused = trained[0].is_cuda
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=fused)
+
+    def turn_on(self):
+        hyplora.hyplora_update = self.update
+
+    def step(self, ids):
+        """One training step."""
+        loss = next_token_loss(self.model, ids)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def own_bytes(self):
+        """Bytes of the model, its adapters and the optimizer's state."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if self.optimizer is not None:
+            for state in self.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def next_token_loss(model, ids):
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+# --- Measuring ----------------------------------------------------------------------------------
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clean(device):
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reason(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = f"{type(error).__name__}: {error}".replace("|", "/")
+    return " ".join(text.split())[:120]
+
+
+def attempt(action, failed, name, device):
+    """Run the action and return what it returns; note an error as the contender's row."""
+    try:
+        return action()
+    except Exception as error:
+        failed[name] = reason(error)
+        say(f"{name}: {failed[name]}")
+    clean(device)
+    return None
+
+
+def in_turns(calls, device, rounds, budget, prepare):
+    """({name: seconds of each round}, {name: why it failed}); rounds end when the budget is spent.
+
+    Each call is made twice before, for warming up; prepare(name) is called before each turn.
+    """
+    failed = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+
+        def warm():
+            prepare(name)
+            call()
+            call()
+            wait(device)
+
+        attempt(warm, failed, name, device)
+        clean(device)
+        say(f"    {name}: warm after {time.perf_counter() - start:.1f} s")
+    seconds = {name: [] for name in calls if name not in failed}
+    end = time.perf_counter() + budget
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() > end:
+            break
+        for name in list(seconds):
+
+            def turn():
+                prepare(name)
+                wait(device)
+                start = time.perf_counter()
+                calls[name]()
+                wait(device)
+                return time.perf_counter() - start
+
+            took = attempt(turn, failed, name, device)
+            if took is None:
+                del seconds[name]
+            else:
+                seconds[name].append(took)
+    return seconds, failed
+
+
+def peak_bytes(contender, ids, device):
+    """Bytes at the peak of a training step if no other contender were there."""
+    if device != "cuda":
+        return None
+    clean(device)
+    wait(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    contender.step(ids)
+    wait(device)
+    return torch.cuda.max_memory_allocated() - before + contender.own_bytes()
+
+
+def times_baseline(name, seconds):
+    if BASELINE not in seconds:
+        return "no baseline"
+    return ratio(seconds[name], seconds[BASELINE])
+
+
+def step_table(contenders, ids, device, rounds, budget):
+    calls = {}
+    for name, contender in contenders.items():
+        calls[name] = lambda contender=contender: contender.step(ids)
+    seconds, failed = in_turns(
+        calls, device, rounds, budget, lambda name: contenders[name].turn_on()
+    )
+    peaks = {}
+    for name in seconds:
+        contenders[name].turn_on()
+        peaks[name] = attempt(lambda: peak_bytes(contenders[name], ids, device), {}, name, device)
+    lines = [
+        "| | tokens/s | time over PEFT LoRA | peak GiB | peak over PEFT LoRA |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in contenders:
+        if name in failed:
+            lines.append(f"| {name} | {failed[name]} | | | |")
+            continue
+        speed = ids.numel() / statistics.median(seconds[name])
+        memory = "| |"
+        if peaks[name] and peaks.get(BASELINE):
+            memory = f"{peaks[name] / 2**30:.2f} | {peaks[name] / peaks[BASELINE]:.3f} |"
+        lines.append(f"| {name} | {speed:,.0f} | {times_baseline(name, seconds)} | {memory}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def generate(model, ids, tokens, device):
+    """Greedy decoding with a cache that grows. Returns the seconds of the steps after the prompt."""
+    out = model(input_ids=ids, use_cache=True)
+    cache = out.past_key_values
+    token = out.logits[:, -1:].argmax(dim=-1)
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(dim=-1)
+    wait(device)
+    return time.perf_counter() - start
+
+
+def decode_table(contenders, vocabulary, device, rounds, budget, tokens=16, prompt=128):
+    """Milliseconds a token; the first row of a batch is the baseline's."""
+    lines = [
+        "| batch | | ms a token | time over PEFT LoRA |",
+        "| ---: | --- | ---: | ---: |",
+    ]
+    for contender in contenders.values():
+        contender.model.eval()
+    for batch in (1, 32):
+        ids = torch.randint(0, vocabulary, (batch, prompt), device=device)
+        failed = {}
+        seconds = {name: [] for name in contenders}
+        end = time.perf_counter() + budget
+        for number in range(rounds + 1):  # The first round warms up and does not count.
+            if number >= 4 and time.perf_counter() > end:
+                break
+            for name in list(seconds):
+                contenders[name].turn_on()
+                model = contenders[name].model
+                took = attempt(lambda: generate(model, ids, tokens, device), failed, name, device)
+                if took is None:
+                    del seconds[name]
+                elif number > 0:
+                    seconds[name].append(took)
+            if number == 0:
+                say(f"    batch {batch}: warm")
+                end = time.perf_counter() + budget
+        for name in contenders:
+            if name in failed:
+                lines.append(f"| {batch} | {name} | {failed[name]} | |")
+                continue
+            each = 1e3 * statistics.median(seconds[name]) / tokens
+            lines.append(f"| {batch} | {name} | {each:.2f} | {times_baseline(name, seconds)} |")
+    for contender in contenders.values():
+        contender.model.train()
+    return "\n".join(lines)
+
+
+def compiled_blocks_table(base, ids, device, args):
+    """Training with every block of the model compiled, base included."""
+    contenders = make(COMPILED_BLOCKS, base, args)
+    for contender in contenders.values():
+        for module in contender.model.modules():
+            if type(module).__name__.endswith("DecoderLayer"):
+                module.compile(dynamic=False)
+    return step_table(contenders, ids, device, args.rounds, args.seconds)
+
+
+def make(names, base, args):
+    compiled_update = torch.compile(EAGER_UPDATE, dynamic=True)
+    contenders = {}
+    for name in names:
+        made = attempt(lambda: Contender(name, base, RANK, compiled_update), {}, name, args.device)
+        if made is not None:
+            contenders[name] = made
+    return contenders
+
+
+# --- The parts of the benchmark -----------------------------------------------------------------
+
+
+def publish(title, lines, args):
+    """Print the table, and write it into RESULTS.md unless this is a dry run."""
+    command = f"python -m benchmarks.model {' '.join(args.words)}"
+    text = f"{stamp(command)}\n\n{lines}"
+    say(f"\n## {title}\n\n{text}\n")
+    if not args.dry_run:
+        write_section(title, text)
+
+
+def whole_model(shape, args):
+    device = args.device
+    start = time.perf_counter()
+    batch, length = STEP[shape, device]
+    batch = args.batch or batch
+    length = args.length or length
+    base = build(SHAPES[shape], device, torch.bfloat16 if device == "cuda" else torch.float32)
+    ids = torch.randint(0, SHAPES[shape][6], (batch, length), device=device)
+    say(f"{shape}: built after {time.perf_counter() - start:.1f} s")
+    names = args.only or [name for name in CONTENDERS if name not in args.without]
+    where = machine(device)
+    parts = {"step", "decode", "compiled"} if args.parts is None else set(args.parts)
+    contenders = make(names, base, args) if parts & {"step", "decode"} else {}
+    say(f"{shape}: contenders made after {time.perf_counter() - start:.1f} s")
+
+    def step():
+        return step_table(contenders, ids, device, args.rounds, args.seconds)
+
+    def decode():
+        rounds = args.rounds
+        return decode_table(contenders, SHAPES[shape][6], device, rounds, args.seconds / 2)
+
+    tables = {
+        "step": (f"A training step of {shape}, {batch} x {length} tokens: {where}", step),
+        "decode": (f"Generation with {shape}, 16 tokens after 128: {where}", decode),
+    }
+    for part, (title, table) in tables.items():
+        if part not in parts:
+            continue
+        lines = attempt(table, {}, title, device)
+        if lines is not None:
+            publish(title, lines, args)
+        say(f"{shape}: {part} done after {time.perf_counter() - start:.1f} s")
+    contenders.clear()
+    clean(device)
+    if "compiled" in parts and (shape in ("toy", "135m") or args.parts is not None):
+        title = f"A training step of {shape}, every block compiled: {where}"
+        lines = attempt(lambda: compiled_blocks_table(base, ids, device, args), {}, title, device)
+        if lines is not None:
+            publish(title, lines, args)
+        say(f"{shape}: compiled done after {time.perf_counter() - start:.1f} s")
+
+
+def scale_cases(device):
+    """(width, batch, length, rank): one axis at a time around one case."""
+    if device == "cpu":
+        centre = dict(width=128, batch=2, length=64, rank=8)
+        axes = dict(batch=(1, 4), length=(16, 256), rank=(8, 32), width=(64, 256))
+    else:
+        centre = dict(width=2048, batch=4, length=1024, rank=32)
+        axes = dict(
+            batch=(1, 4, 16), length=(256, 4096), rank=(8, 128, 256), width=(512, 1024, 4096)
+        )
+    for axis, values in axes.items():
+        for value in values:
+            yield {**centre, axis: value}
+
+
+def scale_table(args):
+    """Tokens/s of four blocks, for our LoRA and HypLoRA."""
+    lines = [
+        "| width | batch | length | rank | our LoRA, tokens/s | HypLoRA, tokens/s | time over LoRA |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    names = ("our LoRA", "HypLoRA")
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    for case in scale_cases(args.device):
+        width = case["width"]
+        head = " | ".join(str(case[axis]) for axis in ("width", "batch", "length", "rank"))
+
+        def measure():
+            shape = ("Llama", width, 4, width // 64, width // 64, 3 * width, 8192, True)
+            base = build(shape, args.device, dtype)
+            ids = torch.randint(0, 8192, (case["batch"], case["length"]), device=args.device)
+            contenders = {name: Contender(name, base, case["rank"], None) for name in names}
+            calls = {}
+            for name, contender in contenders.items():
+                calls[name] = lambda contender=contender: contender.step(ids)
+            return in_turns(
+                calls, args.device, args.rounds, 4, lambda name: contenders[name].turn_on()
+            )
+
+        failed = {}
+        result = attempt(measure, failed, head, args.device)
+        clean(args.device)
+        if result is None or result[1]:
+            why = failed or result[1]
+            lines.append(f"| {head} | {'; '.join(why.values())} | | |")
+            continue
+        seconds = result[0]
+        speeds = []
+        for name in names:
+            tokens = case["batch"] * case["length"]
+            speeds.append(f"{tokens / statistics.median(seconds[name]):,.0f}")
+        lines.append(f"| {head} | {' | '.join(speeds)} | {ratio(*reversed(seconds.values()))} |")
+        say(lines[-1])
+    return "\n".join(lines)
+
+
+# --- Two processes ------------------------------------------------------------------------------
+
+
+def average_gradients(parameters):
+    """What DistributedDataParallel does, in one message."""
+    gradients = [p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def shard(model, parameters):
+    """FSDP2 shards the frozen base, block by block; the adapters stay whole in each process."""
+    from torch.distributed.fsdp import fully_shard
+
+    ignored = set(parameters)
+    for module in list(model.modules()):
+        if type(module).__name__.endswith("DecoderLayer"):
+            fully_shard(module, ignored_params=ignored)
+    fully_shard(model, ignored_params=ignored)
+
+
+def train_speed(name, shape, ids, steps, parallel, device):
+    """(tokens/s of this process, peak GiB of this process); parallel is None for one process."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build(SHAPES[shape], device, dtype)
+    CONTENDERS[name](model, RANK)
+    parameters = [p for group in hyplora_parameters(model) for p in group["params"]]
+    if parallel == "sharded":
+        shard(model, parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device == "cuda")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(3 + steps):
+        wait(device)
+        start = time.perf_counter()
+        next_token_loss(model, ids).backward()
+        if parallel is not None:
+            average_gradients(parameters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(device)
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else math.nan
+    return ids.numel() / statistics.median(times[3:]), peak
+
+
+def processes(shape, args):
+    """Tokens/s of one process, then of all of them together."""
+    import torch.distributed as dist
+
+    device = args.device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    if "RANK" not in os.environ:
+        raise SystemExit("start this with: torchrun --nproc-per-node 2 -m benchmarks.model ...")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    world = dist.get_world_size()
+    first = dist.get_rank() == 0
+    batch, length = STEP[shape, device]
+    size = (args.batch or batch, args.length or length)
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(0, SHAPES[shape][6], size, device=device)
+    lines = [
+        "| | processes | tokens/s | over one process | peak GiB of each |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ("our LoRA", "HypLoRA"):
+        alone = None
+        for count in (1, world):
+            if count == 1 and world > 1 and not first:
+                dist.barrier()
+                continue
+            parallel = None if count == 1 else args.parallel
+            failed = {}
+            result = attempt(
+                lambda: train_speed(name, shape, ids, args.rounds, parallel, device),
+                failed,
+                name,
+                device,
+            )
+            clean(device)
+            if count == 1 and world > 1:
+                dist.barrier()
+            if result is None:
+                lines.append(f"| {name} | {count} | {failed[name]} | | |")
+                continue
+            speed = count * result[0]
+            alone = alone or speed
+            lines.append(
+                f"| {name} | {count} | {speed:,.0f} | {speed / alone:.2f} | {result[1]:.2f} |"
+            )
+            if first:
+                say(lines[-1])
+    if first:
+        args.words = ["(torchrun)", *args.words]
+        title = f"{shape}, {args.parallel}, {size[0]} x {size[1]} tokens a process"
+        publish(f"{title}: {machine(device)}", "\n".join(lines), args)
+    dist.destroy_process_group()
+
+
+def main():
+    import sys
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[])
+    parser.add_argument("--parts", nargs="+", choices=["step", "decode", "compiled"])
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders")
+    parser.add_argument("--without", nargs="+", default=[], help="leave these contenders out")
+    parser.add_argument("--scale", action="store_true", help="the table over sizes")
+    parser.add_argument("--parallel", choices=["replicated", "sharded"])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=30, help="the budget of a table's rounds")
+    parser.add_argument("--dry-run", action="store_true", help="leave RESULTS.md as it is")
+    parser.add_argument(
+        "--any-shape", action="store_true", help="compile the adapter once for all shapes of layers"
+    )
+    args = parser.parse_args()
+    args.words = sys.argv[1:]
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    warnings.filterwarnings("ignore")
+    torch._dynamo.config.recompile_limit = 64
+    if args.any_shape:
+        torch._dynamo.config.force_parameter_static_shapes = False
+        torch.fx.experimental._config.use_duck_shape = False
+    for shape in args.shape:
+        if args.parallel:
+            processes(shape, args)
+        else:
+            attempt(lambda: whole_model(shape, args), {}, shape, args.device)
+            clean(args.device)
+    if args.scale:
+        publish(f"The cost of scale, four blocks: {machine(args.device)}", scale_table(args), args)
+
+
+if __name__ == "__main__":
+    main()
