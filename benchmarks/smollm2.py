@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import smollm2_tables as tables
 from benchmarks.report import machine, stamp, write_beside, write_section
-from benchmarks.smollm2_plan import METHODS, SWEEP_SEEDS, Run, plan
+from benchmarks.smollm2_plan import METHODS, SWEEP_SEEDS, Run, is_late, plan
 from benchmarks.smollm2_stack import Adam, Stacked, fuse_norms, put_in_place, take_out
 from benchmarks.smollm2_tables import STATISTICS, TESTS
 
@@ -90,6 +90,10 @@ def split(raw_train, raw_tests, tokenizer, args):
     return data, note
 
 
+def dtype_for(device):
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def real(args):
     """(model, tokenizer, training records, {name: test records}) from the folders on disk."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,8 +101,7 @@ def real(args):
     def read(name):
         return json.loads((args.data / f"{name}.json").read_text())
 
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype_for(args.device))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tests = {name: read(name.lower()) for name in TESTS[1:]}
     return model.to(args.device), tokenizer, read("gsm8k_train") + read("mawps_train"), tests
@@ -132,7 +135,8 @@ def small(args):
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ends))
     generator = random.Random(0)
     tests = {name: sums(generator, 6) for name in TESTS[1:]}
-    return model.to(args.device), Bytes(), sums(generator, 300) + tests["MAWPS"][:1], tests
+    model.to(args.device, dtype_for(args.device))
+    return model, Bytes(), sums(generator, 300) + tests["MAWPS"][:1], tests
 
 
 def pad(records, width, end):
@@ -409,7 +413,8 @@ def work(lab, results, args, begun):
         if left < 1.15 * longest + 5:
             print(f"Stopped with {left:.0f} s left; the next call goes on.", flush=True)
             return
-        runs = plan(done, args.seeds)[:size]
+        ready = plan(done, args.seeds)
+        runs = [run for run in ready if is_late(run) == is_late(ready[0])][:size]
         runs.sort(key=lambda run: METHODS[run.method].kind)
         start = time.perf_counter()
         try:
@@ -421,6 +426,7 @@ def work(lab, results, args, begun):
             size = (size + 1) // 2
             print(f"Out of memory: on with stacks of {size}.", flush=True)
         if args.device == "cuda":
+            print(f"  {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB at most", flush=True)
             torch.cuda.empty_cache()
         done.update({run.key(): result for run, result in zip(runs, made)})
         write_beside(args.results, json.dumps(results))
@@ -445,7 +451,7 @@ def main(arguments=None):
     add("--results", type=Path, required=True, help="where results are kept, and read from")
     add("--seconds", type=float, default=540, help="stop before so much time has passed")
     add("--seeds", type=int, default=5, help="the seeds that are reported")
-    add("--steps", type=int, default=120)
+    add("--steps", type=int, default=100)
     add("--batch", type=int, default=16)
     add("--rank", type=int, default=32)
     add("--longest", type=int, default=256, help="records of more tokens are left out")
@@ -481,7 +487,10 @@ def main(arguments=None):
         about.update(settings=settings, note=note, machine=machine(args.device))
         about["base"] = {name: lab.score(data[name], 1)[0] for name in ("validation", *TESTS)}
         if "peft" not in about and not args.no_peft:
-            about["peft"] = peft_check(lab)
+            try:
+                about["peft"] = peft_check(lab)
+            except ImportError as error:
+                print(f"No check against PEFT: {error}", flush=True)
         about["stamp"] = stamp("python -m benchmarks.smollm2")
         work(lab, results, args, begun)
         write_beside(args.results, json.dumps(results))

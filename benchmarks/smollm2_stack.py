@@ -1,8 +1,9 @@
 """A stack of adapters: many runs side by side on one frozen model, each with its own rate.
 
 The batch of the model is (runs x rows, tokens), and each run's adapter sees its own rows alone. The
-updates are those of hyplora.py and of benchmarks/authors.py, mapped over the runs by vmap; LoRA is
-two batched products, and DoRA is LoRA with the rows of W + scaling BA brought to a learned length.
+updates are that of hyplora.py, mapped over the runs by vmap, and those of benchmarks/authors.py.
+LoRA is two batched products, and DoRA is LoRA with the rows of W + scaling BA brought to a learned
+length.
 """
 
 import math
@@ -69,10 +70,10 @@ class Part(nn.Module):
         if self.kind == "hyplora":
             return torch.vmap(hyplora_update)(x, A, B, self.K())
         # The authors compute in float32, and save much for the backward pass: compute it anew.
-        extra = list(self.curve.values())
+        extra = [value.view(-1, 1, 1) for value in self.curve.values()]
         function = authors_update if self.kind == "authors" else simplified_update
         options = dict(use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(torch.vmap(function), x.float(), A, B, *extra, **options)
+        return checkpoint(function, x.float(), A, B, *extra, **options)
 
     def forward(self, x, out):
         """out + alpha / rank * update(x), for DoRA with the rows at their learned lengths."""

@@ -116,6 +116,8 @@ def adapter_table(found):
     """Means over the layers and the reported seeds."""
     lines = []
     for name, results in found.items():
+        if name == "DoRA" or METHODS[name].control_of:
+            continue
         for kind in KINDS:
             cells = [name, kind]
             for key in STATISTICS:
@@ -135,6 +137,7 @@ def page(results):
     settings = about["settings"]
     over_LoRA = [(name, "LoRA") for name in METHODS if name != "LoRA"]
     over_control = [(f"HypLoRA, rho {rho:g}", f"control, rho {rho:g}") for rho in RHOS]
+    over_control.append(("HypLoRA, rho 2, K learned", "HypLoRA, rho 2"))
     lora, count_lora = difference_table(found, over_LoRA)
     control, count_control = difference_table(found, over_control)
     count = count_lora + count_control

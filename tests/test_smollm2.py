@@ -73,6 +73,24 @@ def test_a_run_does_not_depend_on_its_neighbours(lab):
     assert beside["validation"] == pytest.approx(alone["validation"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["authors", "simplified"])
+def test_the_authors_layers_are_those_of_authors_py(lab, kind):
+    from benchmarks import authors
+
+    name = {"authors": "authors' hyplora", "simplified": "authors' simplified"}[kind]
+    runs = [Run(name, 1e-3, seed, 256) for seed in (1, 2)]
+    stacks = lab.start(runs)
+    part = next(iter(stacks.values())).parts[0]
+    smollm2.take_out(lab.model, stacks)
+    part.lora_B.data.normal_()
+    x = torch.randn(2, 5, part.lora_A.shape[2])
+    function = {"authors": authors.authors_update, "simplified": authors.simplified_update}[kind]
+    curvature = {"authors": 1.0, "simplified": 0.5}[kind]
+    for i, update in enumerate(part.update(x)):
+        expected = function(x[i], part.lora_A[i], part.lora_B[i], curvature)
+        torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_in_bfloat16_trains_with_every_method(lab):
     lab.model.bfloat16()
     lab.args.accuracy = {"MAWPS": 2}
