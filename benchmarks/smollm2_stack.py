@@ -97,14 +97,14 @@ class Part(nn.Module):
 
     @torch.no_grad()
     def measure(self, x):
-        """{radius, gain, phi, phi_spread, K_moved: (n,)}: means over tokens, and phi's spread."""
+        """{radius, gain, phi, phi_spread, K_moved: (n,)}, as hyplora_statistics has them."""
         x = x.float()
         flat = (x @ self.lora_A.mT @ self.lora_B.mT).norm(dim=2).clamp(min=1e-18)
         length = x.norm(dim=2).clamp(min=1e-18)
         phi = self.update(x).norm(dim=2) / flat
         nothing = torch.full_like(self.rates, math.nan)
         seen = dict(radius=nothing, gain=(flat / length).mean(1), phi=phi.mean(1))
-        seen["phi_spread"] = phi.std(1) / phi.mean(1)
+        seen["phi_spread"] = phi.std(1, correction=0)
         seen["K_moved"] = nothing
         if self.kind == "hyplora":
             seen["radius"] = (length / self.K().sqrt().unsqueeze(1)).mean(1)

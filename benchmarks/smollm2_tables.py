@@ -120,12 +120,17 @@ def adapter_table(found):
             continue
         for kind in KINDS:
             cells = [name, kind]
+            columns = {key: [] for key in STATISTICS}
+            for result in results.values():
+                for key, values in result["adapters"][kind].items():
+                    columns[key] += values
+            pairs = zip(columns["phi_spread"], columns["phi"])
+            columns["phi_spread"] = [100 * spread / phi for spread, phi in pairs]
             for key in STATISTICS:
-                values = [v for r in results.values() for v in r["adapters"][kind][key]]
-                mean = statistics.mean(values)
+                mean = statistics.mean(columns[key])
                 cells.append("-" if math.isnan(mean) else f"{mean:.3g}")
             lines.append(cells)
-    names = [key.replace("_", " ") for key in STATISTICS]
+    names = ["radius", "gain", "phi", "its spread over tokens, %", "K / K at the start"]
     return table(["method", "layers", *names], lines)
 
 
