@@ -3,16 +3,15 @@
 Yang et al., "Hyperbolic Fine-Tuning for Large Language Models", NeurIPS 2025, arXiv 2410.04010.
 
 LoRA adapts a frozen linear layer W with two thin matrices: z = W x + scaling * B A x. HypLoRA takes
-the product with B A in hyperbolic space instead, which curves away from its origin:
+the product with BA in hyperbolic space instead, which curves away from its origin:
 
     z = W x + scaling * logmap0(llr(expmap0(x); B, A)),       scaling = alpha / rank
 
-expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. Measure
-all lengths in units of sqrt K, where -1/K is the curvature of the space. Let r = |x| be the radius
-of a token and g = |BAx| / |x| the gain. The three maps then come down to the law of sinh:
+expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. As the
+space has the curvature -1/K, measure lengths in units of sqrt K. Let r = |x| be the radius of a
+token and g = |BAx| / |x| the gain. Both updates point along BAx, and their lengths r' are
 
-    LoRA:     the update has the direction of BAx and the length  r' = g r
-    HypLoRA:  the update has the direction of BAx and the length  r' with  sinh r' = g sinh r
+    LoRA:  r' = g r                    HypLoRA:  sinh r' = g sinh r    (the law of sinh)
 
 Usage:
 
@@ -22,8 +21,7 @@ Usage:
     ...                                                # train as usual
     save_hyplora(model, "adapter.pt")                  # load_hyplora(bare_model, "adapter.pt")
 
-Read in this order: the geometry, the update (as three maps, then as the law of sinh), the layer,
-and inject_hyplora. That is the method, and you can stop there. The rest is for use.
+The method ends with inject_hyplora, and you can stop there. The rest is for use.
 """
 
 import contextlib
@@ -31,7 +29,6 @@ import math
 import os
 import re
 import warnings
-from numbers import Real
 
 import torch
 import torch.nn as nn
@@ -46,20 +43,19 @@ from torch.optim.swa_utils import AveragedModel
 # vectors of a network live in the flat space that touches the sheet there.
 
 
-def _squared_length(v):
-    """|v|^2 over the last dimension, in float32 or wider: (..., d) -> (..., 1)."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return v.square().sum(dim=-1, keepdim=True, dtype=wide)
-
-
-def _length(squared):
-    """The square root. 1e-18 stands in for 0, where quotients of lengths then have their limits."""
-    return squared.clamp(min=1e-36).sqrt()
-
-
 def lorentz_inner(p, q):
     """The Lorentz inner product <p, q> = -p0 q0 + p1 q1 + ... + pd qd: two (..., d+1) -> (...)."""
     return (p[..., 1:] * q[..., 1:]).sum(dim=-1) - p[..., 0] * q[..., 0]
+
+
+def _radius(v, K):
+    """The length of v in units of sqrt K, in float32 or wider: (..., d) -> (..., 1).
+
+    At v = 0 it is 1e-18, so that a quotient of two lengths has its limit there instead of 0 / 0.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    squared = v.square().sum(dim=-1, keepdim=True, dtype=wide) / K
+    return squared.clamp(min=1e-36).sqrt()
 
 
 def expmap0(v, K):
@@ -69,7 +65,7 @@ def expmap0(v, K):
 
     v: (..., d). K: a positive number or a tensor of one element. Returns (..., d+1), time first.
     """
-    r = _length(_squared_length(v) / K)
+    r = _radius(v, K)
     time = K**0.5 * torch.cosh(r)
     space = torch.sinh(r) / r * v
     return torch.cat([time, space], dim=-1)
@@ -83,7 +79,7 @@ def logmap0(p, K):
     p: (..., d+1), time first. Returns (..., d).
     """
     space = p[..., 1:]
-    s = _length(_squared_length(space) / K)
+    s = _radius(space, K)
     return torch.asinh(s) / s * space
 
 
@@ -95,7 +91,7 @@ def llr(p, A, B, K):
     p: (..., d_in+1). A: (rank, d_in). B: (d_out, rank). Returns (..., d_out+1).
     """
     space = p[..., 1:] @ A.T @ B.T
-    time = (_squared_length(space) + K).sqrt()
+    time = (space.square().sum(dim=-1, keepdim=True) + K).sqrt()
     return torch.cat([time, space], dim=-1)
 
 
@@ -124,14 +120,17 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     wide = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(K, torch.Tensor):
         K = torch.tensor(K, dtype=wide, device=x.device)
+    r = _radius(x, K)
+
+    # BAx = Bh is as long as the square root of h^T (B^T B) h, which needs only the short vector h.
     h = F.linear(x, A.to(x.dtype))
     unit_h = h / K.reshape(1).sqrt()
     G = B.to(wide).T @ B.to(wide)
+    lora_r = ((unit_h @ G) * unit_h).sum(dim=-1, keepdim=True).clamp(min=1e-36).sqrt()
 
-    r = _length(_squared_length(x) / K)
-    m = _length(((unit_h @ G) * unit_h).sum(dim=-1, keepdim=True))  # |Bh|^2 = h^T (B^T B) h
-    new_r = torch.asinh(torch.sinh(r.clamp(max=max_radius)) * (m / r))
-    return F.linear((new_r / m * h).to(x.dtype), B.to(x.dtype))
+    gain = lora_r / r
+    new_r = torch.asinh(gain * torch.sinh(r.clamp(max=max_radius)))
+    return F.linear((new_r / lora_r * h).to(x.dtype), B.to(x.dtype))
 
 
 # --- The layer ----------------------------------------------------------------------------------
@@ -145,8 +144,7 @@ class HypLoRALinear(nn.Module):
     dropout: the share of the adapter's input that is dropped while training.
     curvature: K / u^2, where u is the length of a typical token, whose radius is 1/sqrt(curvature).
         u^2 starts as in_features, and calibrate_curvature measures it. math.inf is plain LoRA.
-    learn_curvature: whether K is trained.
-    max_radius: the bound of hyplora_update.
+    learn_curvature, max_radius: whether K is trained; the bound of hyplora_update.
 
     The parameters are float32: lora_A (rank, in_features), drawn as in LoRA; lora_B (out_features,
     rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, where K = curvature *
@@ -161,7 +159,7 @@ class HypLoRALinear(nn.Module):
         super().__init__()
         self.options = dict(rank=rank, alpha=alpha, dropout=dropout, curvature=curvature)
         self.options.update(learn_curvature=learn_curvature, max_radius=max_radius)
-        _check(base, self.options)
+        _check(base, **self.options)
         self.base = base
         self.in_features, self.out_features = _features(base)
         self.scaling = alpha / rank
@@ -196,7 +194,8 @@ class HypLoRALinear(nn.Module):
         if not self.enabled:
             return out
         x = self.dropout(x.to(out.dtype))
-        with _no_autocast(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             if self.curvature == math.inf:
                 update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             else:
@@ -220,13 +219,11 @@ class HypLoRALinear(nn.Module):
             state_dict[prefix + key.removeprefix(f"{prefix}base.")] = state_dict.pop(key)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = {f"{prefix}{key}": getattr(self, key) for key in TENSORS}
+        own = {f"{prefix}{name}": p for name, p in self.named_parameters(recurse=False)}
         for key in [key for key in state_dict if key.startswith(prefix) and key not in own]:
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        if (
-            not own.keys() & state_dict.keys()
-        ):  # A checkpoint of the base leaves the adapter as it is.
-            state_dict.update(own)
+        if own.keys().isdisjoint(state_dict):
+            state_dict.update(own)  # A checkpoint of the base leaves the adapter as it is.
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -244,7 +241,7 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
     Raises ValueError or TypeError, with the model unchanged, if an ending matches nothing that can
     be adapted, if the model is adapted already, or if an option is wrong.
     """
-    also = _find(_named_modules(model), train_also, nn.Module.parameters)
+    also = _find(model, train_also, callable)
     linears = _find_linears(model, targets, also)
     layers = {name: HypLoRALinear(linear, **layer_options) for name, linear in linears.items()}
     _put_in_place(model, layers, also)
@@ -253,10 +250,7 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
 
 # That was the method. The rest of this section is what it calls.
 
-TENSORS = ("lora_A", "lora_B", "lora_K")
 OUTPUT_HEADS = ("lm_head", "embed_out", "head", "score", "classifier")
-RANGES = dict(rank=(1, 1e9), alpha=(1e-9, 1e9), dropout=(0, 0.999), max_radius=(1e-3, 80))
-RANGES["curvature"] = (1e-12, math.inf)
 
 
 def _require(fits, message):
@@ -264,17 +258,21 @@ def _require(fits, message):
         raise ValueError(message)
 
 
-def _check(base, options):
+def _check(base, rank, dropout, learn_curvature, **positive):
     if _features(base) is None or isinstance(base, HypLoRALinear):
         raise TypeError(f"only a bare linear layer can be adapted, got a {type(base).__name__}")
-    lazy = any(nn.parameter.is_lazy(p) for p in base.parameters())
-    _require(not lazy, "a lazy linear layer has no shape yet: run the model once, then adapt it")
+    _require(_features(base)[0], "a lazy linear layer has no shape yet: run the model once first")
     offloaded = hasattr(base, "_hf_hook") and any(p.is_meta for p in base.parameters())
     _require(not offloaded, "the layer's weights are offloaded: load the model on one device")
-    _require(isinstance(options["rank"], int), f"rank must be whole, got {options['rank']!r}")
-    for name, (low, high) in RANGES.items():
-        fits = isinstance(options[name], Real) and low <= options[name] <= high
-        _require(fits, f"{name} must be from {low:g} to {high:g}, got {options[name]!r}")
+    whole = isinstance(rank, int) and rank > 0
+    _require(whole, f"rank must be a positive whole number, got {rank!r}")
+    share = type(dropout) in (int, float) and 0 <= dropout < 1
+    _require(share, f"dropout must be from 0 to below 1, got {dropout!r}")
+    for name, value in positive.items():
+        fits = type(value) in (int, float) and value >= 1e-12
+        _require(fits, f"{name} must be a number from 1e-12, got {value!r}")
+    _require(positive["alpha"] < math.inf, "alpha must be finite")
+    _require(positive["max_radius"] <= 80, "max_radius must be at most 80, as sinh overflows there")
 
 
 def _features(module):
@@ -286,44 +284,37 @@ def _features(module):
     return None
 
 
-def _no_autocast(device_type):
-    """Within this context, the dtypes are those that the code names."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _named_modules(model, kind=nn.Module):
     """{name: module}, with names as they are without compilation, DDP or averaging around them."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
     while isinstance(model, wrappers) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+        model = next(model.children())
     marks = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     return {re.sub(marks, "", n): m for n, m in model.named_modules() if isinstance(m, kind)}
 
 
-def _find(modules, endings, fits):
-    """Those of the modules that fit and whose names end in one of the endings; each must occur."""
-    is_list = isinstance(endings, (list, tuple, set)) and all(isinstance(e, str) for e in endings)
-    _require(is_list, f'expected "all-linear" or a list like ["q_proj", "v_proj"], got {endings!r}')
-    linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _features(m)})
-    found = set()
+def _find(model, endings, fits):
+    """{name: module} of those that fit and have one of the endings; each ending must occur."""
+    is_list = isinstance(endings, (list, tuple, set))
+    _require(is_list, f'expected "all-linear" or a list of name endings, got {endings!r}')
+    modules = _named_modules(model)
+    fitting = {name: m for name, m in modules.items() if fits(m)}
+    linears = {name.rpartition(".")[2] for name, m in modules.items() if _features(m)}
     for ending in endings:
         named = {name for name in modules if f".{name}".endswith(f".{ending}")}
         kinds = ", ".join({type(modules[name]).__name__ for name in named}) or "nothing"
-        matches = {name for name in named if fits(modules[name])}
-        _require(matches, f"{ending!r} names {kinds}; linear layers here: {', '.join(linears)}")
-        found |= matches
-    return {name: module for name, module in modules.items() if name in found}
+        message = f"{ending!r} names {kinds}; linear layers here: {', '.join(sorted(linears))}"
+        _require(named & fitting.keys(), message)
+    suffixes = tuple(f".{ending}" for ending in endings)
+    return {name: m for name, m in fitting.items() if f".{name}".endswith(suffixes)}
 
 
 def _find_linears(model, targets, also):
-    """{name: linear layer} that targets asks for."""
+    """{name: linear layer} that targets asks for, but for those inside the modules of also."""
     modules = _named_modules(model)
-    adapted = any(isinstance(m, HypLoRALinear) for m in modules.values())
-    _require(not adapted, "the model is adapted already: call remove_hyplora(model) first")
-    peft = any(hasattr(m, "peft_config") or hasattr(m, "base_layer") for m in modules.values())
-    _require(not peft, "the model has PEFT adapters: merge them, or call its unload() first")
+    marks = ("lora_A", "base_layer", "peft_config")  # Adapters, ours or PEFT's, have one of these.
+    adapted = [m for m in modules.values() if any(hasattr(m, mark) for mark in marks)]
+    _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
     left_out = {inner for module in also.values() for inner in module.modules()}
     if targets == "all-linear":
         found = {name: m for name, m in modules.items() if _features(m)}
@@ -331,17 +322,17 @@ def _find_linears(model, targets, also):
         if hasattr(model, "get_output_embeddings"):
             left_out.add(model.get_output_embeddings())
     else:
-        found = _find(modules, targets, _features)
-    found = {name: m for name, m in found.items() if m not in left_out}
-    for name in list(found):
-        owner = modules[name.rpartition(".")[0]]
-        fast = torch.backends.mha.get_fastpath_enabled()
-        skips = fast and isinstance(owner, nn.TransformerEncoderLayer)
-        if skips or isinstance(owner, nn.MultiheadAttention):
+        found = _find(model, targets, _features)
+    readers = [nn.MultiheadAttention]
+    if torch.backends.mha.get_fastpath_enabled():
+        readers.append(nn.TransformerEncoderLayer)
+    for name, layer in found.items():
+        if isinstance(modules[name.rpartition(".")[0]], tuple(readers)):
             message = f"{name} can't be adapted: its owner reads the weight and never calls it"
             _require(targets == "all-linear", message)
             warnings.warn(message, stacklevel=3)
-            del found[name]
+            left_out.add(layer)
+    found = {name: m for name, m in found.items() if m not in left_out}
     lone = "if the model is itself the layer, wrap it with HypLoRALinear(model)"
     _require(found and "" not in found, f"there is no linear layer in this model to adapt; {lone}")
     return found
@@ -354,9 +345,9 @@ def _put_in_place(model, layers, also):
     for module in also.values():
         module.requires_grad_(True)
         module.hyplora_train_also = True
-    trained = tuple(f"{name}." for name in also)
-    for name, _ in model.named_buffers():
-        if name.endswith(("running_mean", "weight_u", "_u")) and not name.startswith(trained):
+    trained = {buffer for module in also.values() for buffer in module.buffers()}
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "_u")) and buffer not in trained:
             message = f"{name} changes in training mode, and the base with it: keep it in eval mode"
             warnings.warn(message, stacklevel=3)
 
@@ -364,8 +355,7 @@ def _put_in_place(model, layers, also):
 def _replace(model, swap):
     for owner in list(model.modules()):
         for name, child in owner._modules.items():
-            if child in swap:
-                setattr(owner, name, swap[child])
+            owner._modules[name] = swap.get(child, child)
 
 
 # --- Training and switching ---------------------------------------------------------------------
@@ -375,18 +365,17 @@ def hyplora_parameters(model):
     """The trainable parameters as optimizer groups; lora_K is in one without weight decay."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require(trainable, "nothing trains in this model; inject_hyplora(model, targets) adapts it")
-    weights = [p for name, p in trainable.items() if not name.endswith("lora_K")]
-    curvatures = [p for name, p in trainable.items() if name.endswith("lora_K")]
-    return [{"params": weights}, {"params": curvatures, "weight_decay": 0.0}]
+    curvatures = [trainable.pop(name) for name in list(trainable) if name.endswith("lora_K")]
+    return [{"params": [*trainable.values()]}, {"params": curvatures, "weight_decay": 0.0}]
 
 
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context the model is its base, bit for bit, but for modules of train_also."""
     layers = [m for m in model.modules() if isinstance(m, HypLoRALinear) and m.enabled]
+    for layer in layers:
+        layer.enabled = False
     try:
-        for layer in layers:
-            layer.enabled = False
         yield model
     finally:
         for layer in layers:
@@ -402,6 +391,28 @@ def remove_hyplora(model):
 
 
 @torch.no_grad()
+def _over_tokens(model, measure, args, kwargs):
+    """Run the model once in eval mode. Returns {name: measure(layer, x)} over all tokens x."""
+    layers = _named_modules(model, HypLoRALinear)
+    parts = {layer: [] for layer in layers.values()}
+
+    def look(layer, inputs):
+        if inputs[0].any():
+            parts[layer].append(measure(layer, inputs[0].float().flatten(0, -2)))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.compiler.set_stance("force_eager"):  # Compiled code would pass the hooks by.
+            model.eval()(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return {name: torch.cat(parts[layer]) for name, layer in layers.items() if parts[layer]}
+
+
 def calibrate_curvature(model, *args, **kwargs):
     """Set each K from the lengths that its layer sees: K = curvature * mean of |x|^2 over tokens.
 
@@ -409,47 +420,54 @@ def calibrate_curvature(model, *args, **kwargs):
     typical token has the radius 1/sqrt(curvature) in every layer. Returns {name: K}. Raises
     ValueError, with every K as it was, if a length is not finite.
     """
-    squares = {}
-
-    def look(layer, inputs):
-        if inputs[0].any():
-            squares.setdefault(layer, []).append(_squared_length(inputs[0]).flatten())
-
     layers = _named_modules(model, HypLoRALinear)
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with disable_hyplora(model), torch.compiler.set_stance("force_eager"):
-            model.eval()(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    means = {name: torch.cat(squares[m]).mean() for name, m in layers.items() if m in squares}
-    logs = {name: (mean / layers[name].in_features).log().view(1) for name, mean in means.items()}
+    with disable_hyplora(model):
+        squares = _over_tokens(model, lambda layer, x: _radius(x, 1).square(), args, kwargs)
+    means = {name: square.mean(dim=0) for name, square in squares.items()}
+    logs = {name: (mean / layers[name].in_features).log() for name, mean in means.items()}
     _fill({name: layers[name].lora_K for name in logs}, logs)
     return {name: layers[name].curvature * mean.item() for name, mean in means.items()}
+
+
+def hyplora_statistics(model, *args, **kwargs):
+    """What the adapters do to the tokens of model(*args, **kwargs), which runs once in eval mode.
+
+    Returns {name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|,
+    "phi_spread": phi's standard deviation}}, means over tokens. Where the spread is near 0, HypLoRA
+    is LoRA with alpha times phi. (phi is 1 as long as B is 0.)
+    """
+
+    def effect(layer, x):
+        lora = F.linear(F.linear(x, layer.lora_A.float()), layer.lora_B.float())
+        update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, layer.max_radius)
+        n, m, new_n = [_radius(v, 1) for v in (x, lora, update)]
+        return torch.cat([n / layer.K.sqrt(), m / n, new_n / m], dim=-1)
+
+    result = {}
+    for name, tokens in _over_tokens(model, effect, args, kwargs).items():
+        radius, gain, phi = tokens.mean(dim=0).tolist()
+        spread = tokens[:, 2].std(correction=0).item()
+        result[name] = dict(radius=radius, gain=gain, phi=phi, phi_spread=spread)
+    return result
 
 
 # --- Saving the adapters alone, a few MB --------------------------------------------------------
 
 
-def _saved(model):
-    """{name: module} of the adapters and of the modules in train_also."""
-    named = _named_modules(model).items()
-    kept = (HypLoRALinear, "hyplora_train_also")
-    return {n: m for n, m in named if isinstance(m, kept[0]) or hasattr(m, kept[1])}
+def _trained(model):
+    """Two dictionaries by name: the adapters, and the modules of train_also."""
+    modules = _named_modules(model)
+    also = {name: m for name, m in modules.items() if hasattr(m, "hyplora_train_also")}
+    return _named_modules(model, HypLoRALinear), also
 
 
-def _tensors(modules):
-    """{name: parameter or buffer}: all of a module's, but of a HypLoRALinear without its base."""
+def _tensors(layers, also):
+    """{name: parameter or buffer} of adapters, without their bases, and of modules in also."""
     tensors = {}
-    for name, module in modules.items():
-        if isinstance(module, HypLoRALinear):
-            tensors.update({f"{name}.{key}": getattr(module, key) for key in TENSORS})
-        else:
-            tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
+    for name, layer in layers.items():
+        tensors.update(layer.named_parameters(name, recurse=False))
+    for name, module in also.items():
+        tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
     return tensors
 
 
@@ -459,16 +477,15 @@ def _fill(own, tensors):
     for name in own.keys() ^ tensors.keys():
         raise ValueError(f"{name} is {'missing' if name in own else 'not of this model'}")
     for name, target in own.items():
-        value = tensors[name]
-        fits = isinstance(value, torch.Tensor) and value.shape == target.shape
-        fits = fits and value.isfinite().all()
-        _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {value}")
+        new = tensors[name]
+        fits = torch.is_tensor(new) and new.shape == target.shape and new.isfinite().all()
+        _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {new!s:.99}")
     for name, target in own.items():
-        value = tensors[name].to(target.device)
+        new = tensors[name].to(target.device)
         if hasattr(target, "device_mesh"):
-            place = torch.distributed.tensor.distribute_tensor
-            value = place(value, target.device_mesh, target.placements)
-        target.copy_(value)
+            shard = torch.distributed.tensor.distribute_tensor
+            new = shard(new, target.device_mesh, target.placements)
+        target.copy_(new)
 
 
 def hyplora_state_dict(model):
@@ -477,7 +494,7 @@ def hyplora_state_dict(model):
     What FSDP2 has sharded comes whole, so that all processes must call this.
     """
     result = {}
-    for name, tensor in _tensors(_saved(model)).items():
+    for name, tensor in _tensors(*_trained(model)).items():
         _require(not tensor.is_meta, f"{name} is on the meta device: it has no numbers to save")
         sharded = hasattr(tensor, "full_tensor")
         result[name] = tensor.detach().full_tensor() if sharded else tensor.detach()
@@ -486,7 +503,7 @@ def hyplora_state_dict(model):
 
 def set_hyplora_state_dict(model, tensors):
     """Copy what hyplora_state_dict returned into the model, or raise ValueError and copy none."""
-    _fill(_tensors(_saved(model)), tensors)
+    _fill(_tensors(*_trained(model)), tensors)
 
 
 def save_atomically(content, path):
@@ -507,9 +524,10 @@ def save_hyplora(model, path):
     if fresh:
         why = "they were not trained, or their owner reads the weight and never calls them"
         warnings.warn(f"{', '.join(fresh)} are as they started: {why}", stacklevel=2)
-    layers = {name: m.options for name, m in _named_modules(model, HypLoRALinear).items()}
-    also = [name for name in _saved(model) if name not in layers]
-    save_atomically({"hyplora": 2, "layers": layers, "also": also, "tensors": tensors}, path)
+    layers, also = _trained(model)
+    options = {name: layer.options for name, layer in layers.items()}
+    content = {"hyplora": 2, "layers": options, "also": list(also), "tensors": tensors}
+    save_atomically(content, path)
 
 
 def load_hyplora(model, path):
@@ -519,7 +537,8 @@ def load_hyplora(model, path):
     OSError if path cannot be read, ValueError if it is damaged, foreign, or does not fit; the model
     is unchanged then.
     """
-    modules, layers = _named_modules(model), _named_modules(model, HypLoRALinear)
+    modules = _named_modules(model)
+    layers, also = _trained(model)
     bare = not layers
     with open(path, "rb") as file:
         try:
@@ -531,11 +550,11 @@ def load_hyplora(model, path):
                 for key in ("rank", "alpha", "curvature", "max_radius"):
                     here, there = layers[name].options[key], options.get(key)
                     _require(here == there, f"{key} of {name} is {here} here, {there} in the file")
-            also = {name: modules[name] for name in content["also"]}
-            _fill(_tensors({**layers, **also}), content["tensors"])
+            if bare:
+                also = {name: modules[name] for name in content["also"]}
+            _fill(_tensors(layers, also), content["tensors"])
         except Exception as error:
-            message = f"{path} is damaged or doesn't fit this model: {error!s:.300}"
-            raise ValueError(message) from error
+            raise ValueError(f"{path} is damaged or doesn't fit this model: {error}") from error
     if bare:
         _put_in_place(model, layers, also)
     return list(layers)

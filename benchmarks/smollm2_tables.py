@@ -125,7 +125,7 @@ def adapter_table(found):
                 for key, values in result["adapters"][kind].items():
                     columns[key] += values
             pairs = zip(columns["phi_spread"], columns["phi"])
-            columns["phi_spread"] = [100 * spread / phi for spread, phi in pairs]
+            columns["phi_spread"] = [100 * spread / max(phi, 1e-12) for spread, phi in pairs]
             for key in STATISTICS:
                 mean = statistics.mean(columns[key])
                 cells.append("-" if math.isnan(mean) else f"{mean:.3g}")

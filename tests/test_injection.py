@@ -11,7 +11,9 @@ from hyplora import (
     calibrate_curvature,
     disable_hyplora,
     hyplora_parameters,
+    hyplora_reference,
     hyplora_state_dict,
+    hyplora_statistics,
     inject_hyplora,
     load_hyplora,
     remove_hyplora,
@@ -36,7 +38,7 @@ def is_unchanged(model):
         ([""], "'' names Toy"),
         ("q_proj", "expected .*list.*got 'q_proj'"),
         (None, "expected .*got None"),
-        ([7], "expected .*got"),
+        ([7], "7 names nothing"),
     ],
     ids=str,
 )
@@ -262,3 +264,34 @@ def test_calibration_runs_the_base_in_eval_mode_and_skips_what_saw_no_token():
     found = calibrate_curvature(model, x)
     assert found == {"first": pytest.approx(2 * x.square().sum(-1).mean().item(), rel=1e-5)}
     assert model.third.K.item() == model.second.K.item() == 16.0
+
+
+def test_statistics_are_those_of_a_direct_computation():
+    model = Toy()
+    inject_hyplora(model, ["q_proj", "v_proj"], rank=2, curvature=0.5, dropout=0.5)
+    calibrate_curvature(model, IDS)
+    for layer in (m for m in model.modules() if isinstance(m, HypLoRALinear)):
+        nn.init.normal_(layer.lora_B)
+    found = hyplora_statistics(model.train(), IDS)
+    assert set(found) == set(QV) and model.training
+    layer = model.blocks[0]["v_proj"]
+    x = model.embed(IDS)[0]
+    lora = (x @ layer.lora_A.T @ layer.lora_B.T).norm(dim=-1)
+    update = hyplora_reference(x, layer.lora_A, layer.lora_B, layer.K).norm(dim=-1)
+    expected = {
+        "radius": (x.norm(dim=-1) / layer.K.sqrt()).mean().item(),
+        "gain": (lora / x.norm(dim=-1)).mean().item(),
+        "phi": (update / lora).mean().item(),
+        "phi_spread": (update / lora).std(correction=0).item(),
+    }
+    assert found["blocks.0.v_proj"] == pytest.approx(expected, rel=1e-4)
+    # The linear that stands in two places is called at both.
+    assert found["blocks.0.q_proj"]["radius"] != pytest.approx(expected["radius"])
+
+
+def test_of_plain_lora_phi_is_1_and_the_radius_0():
+    model = Toy()
+    inject_hyplora(model, "all-linear", curvature=float("inf"))
+    nn.init.normal_(model.shared.lora_B)
+    numbers = hyplora_statistics(model, IDS)["blocks.0.q_proj"]
+    assert numbers["phi"] == pytest.approx(1) and numbers["radius"] == 0 and numbers["gain"] > 0

@@ -245,6 +245,13 @@ def test_an_adapter_of_another_rank_alpha_curvature_or_place(path, tmp_path):
             load_hyplora(model, path)
 
 
+def test_a_head_in_the_file_and_none_in_the_model(path):
+    model = Toy()
+    inject_hyplora(model, ["q_proj"], rank=2)
+    with pytest.raises(ValueError, match="classifier.* is not of this model"):
+        load_hyplora(model, path)
+
+
 def test_an_adapter_of_a_layer_that_is_not_linear_here(tmp_path):
     source = nn.Sequential(nn.Linear(8, 8))
     inject_hyplora(source, "all-linear", rank=2)

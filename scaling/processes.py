@@ -1,0 +1,125 @@
+"""What the processes of one run agree on: who speaks, and what the main one decides for all.
+
+With one process, everything here is what it would be without this file.
+"""
+
+import importlib
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def rank_and_count():
+    """(this process's number, how many there are)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_main():
+    return rank_and_count()[0] == 0
+
+
+def say(text):
+    """Print from the main process alone."""
+    if is_main():
+        print(text, flush=True)
+
+
+def start_processes(device_type):
+    """Join the processes that torchrun started, if it did. device_type: "cpu", "cuda" or "mps"."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" means this GPU from here on.
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def leave():
+    """End a process of torchrun; gloo's threads at times abort one that ends by itself."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def decided_by_main(function, *arguments):
+    """What function(*arguments) returns on the main process, on every process.
+
+    Only the main process calls it. So it alone decides what a file holds and whether it exists, and
+    the others need not see its disk. If it raises or exits, every process ends with the same error.
+    """
+    if not dist.is_initialized():
+        return function(*arguments)
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome = [function(*arguments), None]
+        except (Exception, SystemExit) as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def sum_over_processes(tensor):
+    """Replace the tensor by its sum over all processes, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def same_start(parameters):
+    """Give every process the main one's values, whatever random numbers each machine draws."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), src=0)
+
+
+def need(module, purpose):
+    """Import an optional package, or end with the line that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        sys.exit(f"{purpose} needs the package {package}: pip install {package}")
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a plain line every tenth of the way."""
+
+    def __init__(self, label, total, seconds=0.0):
+        """seconds: what an earlier run has spent on this already."""
+        self.label = label
+        self.total = total
+        self.start = time.perf_counter() - seconds
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def __call__(self, done, what=""):
+        """done: how many of the total. what: text, or the loss as a tensor (read when printed)."""
+        last = done == self.total
+        live = sys.stdout.isatty()
+        interval = 10 if live else max(1, self.total // 10)
+        if not is_main() or (not last and done % interval != 0):
+            return
+        if torch.is_tensor(what):
+            what = f"loss {what.item():.4f}"
+        left = self.seconds() * (self.total - done) / done
+        line = f"{self.label:<22} {done}/{self.total}  {what}  {left:3.0f} s left"
+        if live:
+            print(f"\r{line:<78}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)

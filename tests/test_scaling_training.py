@@ -1,0 +1,313 @@
+"""Training in scaling/: stopped, resumed, spread over processes, validated.
+
+pip install safetensors tokenizers
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="pip install safetensors")
+pytest.importorskip("tokenizers", reason="pip install tokenizers")
+
+from benchmarks.kill_and_resume import adapters, command, kill_and_resume, prepare
+from benchmarks.small_checkpoint import write_small_checkpoint, write_sums
+from scaling import finetune, training
+from scaling.records import IGNORE, Batches, Record, Tokens, read_records
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with a checkpoint (model) and training records (sums.json)."""
+    prepare(tmp_path)
+    return tmp_path
+
+
+def options(work, out, *more):
+    return [
+        *("--checkpoint", str(work / "model"), "--data", str(work / "sums.json")),
+        *("--out", str(work / out), "--device", "cpu", "--batch-size", "6", *more),
+    ]
+
+
+def run(*arguments, cwd=ROOT):
+    """What a Python process with these arguments prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_killed_and_resumed_it_ends_bit_for_bit_where_an_uninterrupted_run_does():
+    hits, equal = kill_and_resume(steps=120, kills=2, seed=0)
+    assert hits >= 1  # On a busy machine a run can end before its second kill.
+    assert equal
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(work):
+    arguments = command(work, work / "out", 900)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+    for line in process.stdout:
+        if line.startswith("HypLoRA") and "90/900" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[0]
+    assert process.returncode == 130
+    assert "the same command with --resume goes on" in rest
+    state = torch.load(next((work / "out").glob("state-*.pt")), weights_only=True)
+    assert 90 <= state["step"] < 900
+    assert f"stopped at step {state['step']}" in rest
+
+
+def test_a_full_disk_and_a_nan_loss_leave_a_usable_state(work, monkeypatch):
+    argv = options(work, "out", "--adapter", "lora", "--steps", "4", "--save-every", "2")
+    finetune.main(argv)
+    (state,) = (work / "out").glob("state-*.pt")
+    kept = state.read_bytes()
+
+    def disk_full(content, file):
+        file = file if hasattr(file, "write") else open(file, "wb")
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        with pytest.raises(SystemExit, match="could not write .*No space left.*--resume"):
+            finetune.main(argv)
+    assert state.read_bytes() == kept
+    assert not list((work / "out").glob("*.part"))
+    with pytest.raises(SystemExit, match="lower --lr"):
+        finetune.main([*argv, "--lr", "1e30", "--warmup", "1"])
+
+
+def test_resume_says_so_when_there_is_nothing_to_resume(work):
+    argv = options(work, "out", "--adapter", "lora", "--steps", "4")
+    with pytest.raises(SystemExit, match="nothing to resume: .*state-sums-lora"):
+        finetune.main([*argv, "--resume"])
+    finetune.main(argv)
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        finetune.main([*argv, "--resume", "--lr", "1e-3"])
+    write_sums(work / "sums.json", first=3)
+    with pytest.raises(SystemExit, match="records of .*sums.json are not those"):
+        finetune.main([*argv, "--resume"])
+
+
+def test_resume_takes_other_scoring_options_and_does_not_train_again(work, capsys):
+    argv = options(work, "out", "--adapter", "both", "--steps", "4")
+    first = finetune.main(argv)
+    test = str(write_sums(work / "test.json", count=3))
+    capsys.readouterr()
+    scoring = ["--eval", test, "--max-new-tokens", "3", "--eval-batch-size", "2", "--beams", "2"]
+    second = finetune.main([*argv, "--resume", *scoring])
+    assert "LoRA, seed 0: going on from step 4" in capsys.readouterr().out
+    assert [row["path"] for row in first[1:]] == [row["path"] for row in second[1:]]
+    assert [row["metrics"]["loss"] for row in first] == [row["metrics"]["loss"] for row in second]
+    assert "% test" in second[1]["metrics"]
+
+
+def test_two_trainings_have_two_adapters(work):
+    (work / "other").mkdir()
+    write_sums(work / "other" / "sums.json", first=50)
+    argv = options(work, "out", "--adapter", "lora", "--steps", "2")
+    paths = {finetune.main(argv)[1]["path"]}
+    paths.add(finetune.main([*argv, "--lr", "1e-3"])[1]["path"])
+    paths.add(finetune.main([*argv, "--data", str(work / "other" / "sums.json")])[1]["path"])
+    assert len(paths) == 3
+    assert finetune.main([*argv, "--accumulate", "2"])[1]["path"] in paths  # the same training
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["replicated", "sharded"])
+def test_two_processes_give_the_adapters_and_losses_of_one(shard, work):
+    """Sums are taken in another order: 1e-4 of a tensor's norm after ten steps."""
+    test = str(write_sums(work / "test.json", count=5))
+    more = ["--adapter", "hyplora", "--steps", "10", "--eval", test, "--max-new-tokens", "3"]
+    one = run("-m", "scaling.finetune", *options(work, "one", *more))
+    two = run(*TWO, "-m", "scaling.finetune", *options(work, "two", *more), *shard)
+
+    def losses(text):
+        lines = [line for line in text.splitlines() if line.startswith("HypLoRA 0.5, seed")]
+        return [float(line.split("loss ")[1].split()[0]) for line in lines if "loss " in line]
+
+    assert len(losses(one)) == 10
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    together = adapters(work / "two")
+    for name, tensor in adapters(work / "one").items():
+        assert (together[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+    assert two.splitlines()[-1].split("|")[4:6] == one.splitlines()[-1].split("|")[4:6]
+    # And it goes on with two, or with one, from what two have saved.
+    more += ["--resume", "--beams", "2"]
+    assert "going on from step 10" in run(
+        *TWO, "-m", "scaling.finetune", *options(work, "two", *more), *shard
+    )
+    assert "going on from step 10" in run("-m", "scaling.finetune", *options(work, "two", *more))
+
+
+ELSEWHERE = """
+import os, sys
+if os.environ["RANK"] == "1":
+    os.makedirs("empty", exist_ok=True)
+    os.chdir("empty")
+sys.path.insert(0, sys.argv.pop(1))
+from scaling.finetune import main
+from scaling.processes import leave
+main(sys.argv[1:])
+leave()
+"""
+
+
+def test_processes_need_no_shared_disk(work):
+    """The second process sees the checkpoint, but no data, no state and no adapter."""
+    (work / "elsewhere.py").write_text(ELSEWHERE)
+    write_sums(work / "test.json", count=3)
+    start = [
+        *TWO,
+        "elsewhere.py",
+        str(ROOT),
+        "--checkpoint",
+        str(work / "model"),
+        "--device",
+        "cpu",
+    ]
+    scoring = ["--eval", "test.json", "--max-new-tokens", "3", "--predictions", "said.jsonl"]
+    training = ["--data", "sums.json", "--adapter", "lora", "--out", "out", *scoring]
+    run(*start, *training, "--steps", "3", cwd=work)
+    assert "going on from step 3" in run(*start, *training, "--steps", "3", "--resume", cwd=work)
+    (adapter,) = (work / "out").glob("sums-*.pt")
+    only = run(*start, "--score-only", str(adapter.relative_to(work)), *scoring, cwd=work)
+    assert "| 7424 | 18.79 % |" in only
+    assert len((work / "said.jsonl").read_text().splitlines()) == 3
+    assert not list((work / "empty").iterdir())
+
+
+def test_an_error_of_the_main_process_ends_all_of_them(work):
+    arguments = options(work, "out", "--steps", "2", "--resume")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *TWO, "-m", "scaling.finetune", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        cwd=ROOT,
+        timeout=100,
+    )
+    assert done.returncode != 0
+    assert "there is nothing to resume" in done.stderr
+
+
+def test_recomputed_activations_and_accumulated_parts_change_nothing(work):
+    small = ("--adapter", "hyplora", "--steps", "3")
+    finetune.main(options(work, "plain", *small))
+    finetune.main(options(work, "saving", *small, "--recompute", "--accumulate", "4"))
+    saving = adapters(work / "saving")
+    for name, tensor in adapters(work / "plain").items():
+        assert (saving[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+
+
+def test_the_adapters_with_the_lowest_validation_loss_are_kept(work, monkeypatch, capsys):
+    losses = iter([5.0, 3.0, 4.0, 6.0])
+    real = training.mean_loss
+    monkeypatch.setattr(training, "mean_loss", lambda *arguments: next(losses))
+    more = ["--adapter", "lora", "--validation", "5", "--validate-every", "2", "--clip-norm", "1"]
+    finetune.main(options(work, "out", *more, "--steps", "8"))
+    assert "the adapters of step 4 have the lowest validation loss" in capsys.readouterr().out
+    monkeypatch.setattr(training, "mean_loss", real)
+    # A decay to zero over 8 steps is not one over 4, so the best step's adapters are not the
+    # last's.
+    state = torch.load(next((work / "out").glob("state-*.pt")), weights_only=True)
+    best = adapters(work / "out")
+    assert all(torch.equal(best[name], state["best"]["adapters"][name]) for name in best)
+    assert not all(torch.equal(best[name], state["adapters"][name]) for name in best)
+
+
+def test_validation_records_are_not_trained_on(work):
+    tokens = Tokens(str(work / "model"))
+    records = read_records(str(work / "sums.json"), tokens)
+    rest, held_out = finetune.split_validation(records, 7, seed=42)
+    assert len(held_out) == 7
+    positions = sorted(record.position for record in rest + held_out)
+    assert positions == list(range(1, 41))
+
+
+def test_calibration_sets_the_curvature_from_the_first_batch(work):
+    argv = options(work, "out", "--adapter", "hyplora", "--steps", "1")
+    calibrated = finetune.main(argv)[1]["K"]
+    guessed = finetune.main([*argv, "--no-calibrate"])[1]["K"]
+    assert guessed == pytest.approx([0.5] * len(guessed), rel=1e-2)
+    assert max(calibrated) / min(calibrated) > 2  # down_proj's input is not as long as q_proj's
+
+
+def test_calibration_sees_no_padding():
+    seen = []
+    model = torch.nn.Module()
+    records = [Record(i, "", [3] * n, [4]) for i, n in enumerate((2, 9, 5, 7))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "calibrate_curvature", lambda model, ids: seen.append(ids))
+        finetune.calibrate(model, Batches(records, 4, seed=0), torch.device("cpu"))
+    assert seen[0].shape == (3, 5)
+    assert bool((seen[0] == 3).all())
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize("by_length", [True, False])
+def test_batches_have_each_record_once_an_epoch_with_the_loss_on_its_answer(loss_on, by_length):
+    records = [Record(i, "", [1] * (i + 1), [2 + i, 256]) for i in range(10)]
+    batches = Batches(records, 4, seed=0, loss_on=loss_on, by_length=by_length)
+    for epoch in range(2):
+        seen = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            ids, labels = batches(step)
+            for row, label in zip(ids.tolist(), labels.tolist()):
+                learned = [token for token in label if token != IGNORE]
+                assert learned[-1] == 256
+                prompt = len([token for token in row if token == 1])
+                assert len(learned) == (2 if loss_on == "answer" else prompt + 1)
+                seen.append(learned[-2])
+        assert sorted(seen) == list(range(2, 12))
+    assert torch.equal(batches(4)[0], batches(4)[0])  # It depends on the step alone.
+
+
+def test_gradients_are_those_of_the_mean_over_all_labels():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9))
+    parameters = list(model.parameters())
+    ids = torch.randint(9, (5, 6))
+    labels = torch.randint(9, (5, 6)).masked_fill(torch.rand(5, 6) < 0.5, IGNORE)
+    want = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
+    expected = torch.autograd.grad(want, parameters)
+    loss, _ = training.gradients(training.summed_loss, model, parameters, (ids, labels), 3, False)
+    assert loss.item() == pytest.approx(want.item())
+    for parameter, gradient in zip(parameters, expected):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls_linearly():
+    plan = training.Plan(steps=110, lr=1.0, warmup=10, seed=0)
+    rates = [training.learning_rate(plan, step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[109] == pytest.approx(0.01)
+
+
+def test_a_seed_gives_the_same_adapters_and_another_seed_others(tmp_path):
+    write_small_checkpoint(tmp_path / "model")
+    write_sums(tmp_path / "sums.json")
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        finetune.main(options(tmp_path, out, "--adapter", "lora", "--steps", "2", "--seed", seed))
+    a, b, c = (adapters(tmp_path / out) for out in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
