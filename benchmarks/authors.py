@@ -48,7 +48,7 @@ def authors_update(x, A, B, k, scale=None):
     scale = math.sqrt(x.shape[-1]) if scale is None else scale
     norm = x.norm(dim=-1, keepdim=True).clamp(min=1e-7)
     radius = (norm / scale / K.sqrt()).clamp(max=12.0)
-    space = (K.sqrt() * torch.sinh(radius) * (x / norm)) @ A.T @ B.T
+    space = (K.sqrt() * torch.sinh(radius) * (x / norm)) @ A.mT @ B.mT
     time = (space.square().sum(dim=-1, keepdim=True) + 1 / K).sqrt()
     theta = time / K.sqrt()
     near = (2 * (theta - 1).clamp(min=1e-6)).sqrt()
@@ -65,7 +65,7 @@ def simplified_update(x, A, B, k):
     hyperboloid, y / (1 + sqrt(|k|) time) with time = sqrt(|y|^2 + k).
     """
     k = torch.as_tensor(k, dtype=x.dtype, device=x.device)
-    y = (2 * x / (1 + k * x.square().sum(dim=-1, keepdim=True))) @ A.T @ B.T
+    y = (2 * x / (1 + k * x.square().sum(dim=-1, keepdim=True))) @ A.mT @ B.mT
     time = (y.square().sum(dim=-1, keepdim=True) + k).sqrt()
     return y / (1 + k.abs().sqrt() * time)
 

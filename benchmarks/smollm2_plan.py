@@ -1,0 +1,123 @@
+"""The methods of benchmarks/smollm2.py, and which runs to make next.
+
+A method's rate is chosen by validation loss on seeds that are not reported: first in factors of 4
+with one seed, on and on until the best is not at an edge, then in factors of 2 around it with two.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+RHOS = (0.4, 1, 2, 4, 8)
+SWEEP_SEEDS = (1000, 1001)
+
+
+@dataclass(frozen=True)
+class Method:
+    kind: str  # the update: lora, dora, hyplora, authors or simplified
+    rate: float = 1e-3  # the sweep begins around it
+    alpha: float = 64
+    curvature: float = math.inf
+    calibrated: bool = False
+    K_rate: float = 0  # the rate of what determines K, in units of the rate of A and B
+    control_of: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str
+    lr: float
+    seed: int
+    alpha: float
+
+    def key(self):
+        return f"{self.method} | {self.lr:.4g} | {self.seed}"
+
+
+def methods():
+    table = {
+        "LoRA": Method("lora"),
+        "DoRA": Method("dora"),
+        "HypLoRA, guessed unit": Method("hyplora", curvature=0.5, K_rate=1),
+        "authors' hyplora": Method("authors", 4e-3, alpha=128, curvature=1.0, K_rate=1),
+        "authors' simplified": Method("simplified", 4e-3, alpha=256, curvature=0.5, K_rate=1),
+    }
+    for rho in RHOS:
+        phi = math.sinh(rho) / rho
+        rate = 1e-3 * 2 ** -round(0.75 * math.log2(phi))
+        name = f"HypLoRA, rho {rho:g}"
+        table[name] = Method("hyplora", rate, curvature=rho**-2, calibrated=True)
+        if rho == 2:
+            learned = Method("hyplora", rate, curvature=rho**-2, calibrated=True, K_rate=20)
+            table[f"{name}, K learned"] = learned
+        table[f"control, rho {rho:g}"] = Method("lora", control_of=name)
+    return table
+
+
+METHODS = methods()
+
+
+def alpha_of(name, done):
+    """The method's alpha; a control's is that times the mean phi of its HypLoRA, or None."""
+    method = METHODS[name]
+    if not method.control_of:
+        return method.alpha
+    rate = sweep(method.control_of, done)[1]
+    if not rate:
+        return None
+    pair = [Run(method.control_of, rate, seed, method.alpha) for seed in SWEEP_SEEDS]
+    phi = statistics.mean(done[run.key()]["phi"] for run in pair)
+    return float(f"{method.alpha * phi:.4g}")
+
+
+def sweep(name, done):
+    """(runs that the choice of the rate still needs, the rate once there are none)."""
+    alpha = alpha_of(name, done)
+    if alpha is None:
+        return [], None
+    center = METHODS[name].rate
+    if METHODS[name].control_of:
+        center = sweep(METHODS[name].control_of, done)[1]
+
+    def needed(rates, seeds):
+        runs = [Run(name, lr, seed, alpha) for lr in rates for seed in seeds]
+        return [run for run in runs if run.key() not in done]
+
+    def loss(lr, seeds):
+        losses = [done[Run(name, lr, seed, alpha).key()]["validation"] for seed in seeds]
+        mean = statistics.mean(losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    # First in factors of 4 with one seed, on and on until the best is not at an edge.
+    rates = [center / 4, center, center * 4]
+    while True:
+        missing = needed(rates, SWEEP_SEEDS[:1])
+        if missing:
+            return missing, None
+        best = min(rates, key=lambda lr: loss(lr, SWEEP_SEEDS[:1]))
+        if best not in (rates[0], rates[-1]) or len(rates) > 8:
+            break
+        rates = [rates[0] / 4, *rates] if best == rates[0] else [*rates, rates[-1] * 4]
+    # Then in factors of 2 around it with all sweep seeds.
+    near = [best / 2, best, best * 2]
+    missing = needed(near, SWEEP_SEEDS)
+    return missing, None if missing else min(near, key=lambda lr: loss(lr, SWEEP_SEEDS))
+
+
+def is_late(run):
+    """The authors' layers are slow for their many small operations: they come last, together."""
+    return METHODS[run.method].kind in ("authors", "simplified")
+
+
+def plan(done, seeds):
+    """The runs that can be made now, the most important first."""
+    sweeps = []
+    reports = []
+    for name in METHODS:
+        missing, rate = sweep(name, done)
+        sweeps += missing
+        if rate:
+            alpha = alpha_of(name, done)
+            reports += [Run(name, rate, seed, alpha) for seed in range(seeds)]
+    reports = [run for run in reports if run.key() not in done]
+    return sorted(sweeps + sorted(reports, key=lambda run: run.seed), key=is_late)
