@@ -75,6 +75,10 @@ def law_read_off_BAx(x, A, B, K):
     return (new_r / m).to(y.dtype) * y
 
 
+def three_maps(x, A, B, K):
+    return hyplora_reference(x.float(), A.float(), B.float(), K).to(x.dtype)
+
+
 def peft_lora(width, rank, base):
     """PEFT's own layer, with a float32 adapter as PEFT makes it."""
     import peft
@@ -96,8 +100,8 @@ def contenders(width, rank, dtype, real):
         "LoRA by hand": ByHand(base, rank, two_products),
         "our LoRA": HypLoRALinear(base, rank, alpha=2 * rank, curvature=math.inf),
         "HypLoRA": HypLoRALinear(base, rank, alpha=2 * rank),
-        "HypLoRA, |BAx| off BAx": ByHand(base, rank, law_read_off_BAx),
-        "HypLoRA, three maps": ByHand(base, rank, hyplora_reference),
+        "HypLoRA, length off BAx": ByHand(base, rank, law_read_off_BAx),
+        "HypLoRA, three maps": ByHand(base, rank, three_maps),
     }
     nn.init.normal_(layers["HypLoRA"].lora_B, std=0.1)
     nn.init.normal_(layers["our LoRA"].lora_B, std=0.1)
