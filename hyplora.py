@@ -220,7 +220,7 @@ class HypLoRALinear(nn.Module):
             state_dict[prefix + key.removeprefix(f"{prefix}base.")] = state_dict.pop(key)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = {f"{prefix}{key}": getattr(self, key) for key in TENSORS}
+        own = {f"{prefix}{key}": p for key, p in self.named_parameters(recurse=False)}
         for key in [key for key in state_dict if key.startswith(prefix) and key not in own]:
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         if (
@@ -253,7 +253,6 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
 
 # That was the method. The rest of this section is what it calls.
 
-TENSORS = ("lora_A", "lora_B", "lora_K")
 OUTPUT_HEADS = ("lm_head", "embed_out", "head", "score", "classifier")
 RANGES = dict(rank=(1, 1e9), alpha=(1e-9, 1e9), dropout=(0, 0.999), max_radius=(1e-3, 80))
 RANGES["curvature"] = (1e-12, math.inf)
@@ -447,7 +446,8 @@ def _tensors(modules):
     tensors = {}
     for name, module in modules.items():
         if isinstance(module, HypLoRALinear):
-            tensors.update({f"{name}.{key}": getattr(module, key) for key in TENSORS})
+            own = module.named_parameters(recurse=False)
+            tensors.update({f"{name}.{key}": parameter for key, parameter in own})
         else:
             tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
     return tensors
