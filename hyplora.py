@@ -324,14 +324,19 @@ def _find_linears(model, targets, also):
     peft = any(hasattr(m, "peft_config") or hasattr(m, "base_layer") for m in modules.values())
     _require(not peft, "the model has PEFT adapters: merge them, or call its unload() first")
     left_out = {inner for module in also.values() for inner in module.modules()}
+    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
+    tied = {m for m in modules.values() if _features(m) and getattr(m, "weight", 0) in embeddings}
     if targets == "all-linear":
         found = {name: m for name, m in modules.items() if _features(m)}
         left_out |= {m for name, m in modules.items() if name.rpartition(".")[2] in OUTPUT_HEADS}
+        left_out |= tied
         if hasattr(model, "get_output_embeddings"):
             left_out.add(model.get_output_embeddings())
     else:
         found = _find(modules, targets, _features)
     found = {name: m for name, m in found.items() if m not in left_out}
+    heads = [name for name, module in found.items() if module in tied]
+    _require(not heads, f"{heads} are tied to an embedding: untie the weights, or leave them out")
     for name in list(found):
         owner = modules[name.rpartition(".")[0]]
         fast = torch.backends.mha.get_fastpath_enabled()
