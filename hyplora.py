@@ -386,7 +386,10 @@ def hyplora_parameters(model):
 
 @contextlib.contextmanager
 def disable_hyplora(model):
-    """Within this context the model is its base, bit for bit, but for modules of train_also."""
+    """Within this context the model is its base, bit for bit, but for modules of train_also.
+
+    It is one switch for all threads that run the model.
+    """
     layers = [m for m in model.modules() if isinstance(m, HypLoRALinear) and m.enabled]
     try:
         for layer in layers:
