@@ -4,13 +4,15 @@
 
 It prints:
 
-    the reference's own tensors: 0 numbers for the base, 1028 for a first adapter; shared: 20896
-    against the base: the loss starts at 0.6931 = log 2 and ends at 0.3000
-    against the first adapter: the loss starts at 0.6931 = log 2 and ends at 0.3000
+    the base as the reference shares 19616 numbers and has 0 of its own
+        the loss starts at 0.6931 and ends at 0.2146
+    the first adapter as the reference shares 19616 numbers and has 900 of its own
+        the loss starts at 0.6931 and ends at 0.4527
 
 DPO (Rafailov et al., 2023) compares the model in training with a frozen reference. TRL would load
 the reference as a second model. reference_model is the answer: it copies the modules, which are
-small, and shares the frozen tensors, which are large.
+small, and shares the frozen tensors, which are large. With the first adapter as the reference,
+training goes on from there, and both losses start at log 2.
 """
 
 import copy

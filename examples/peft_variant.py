@@ -4,7 +4,12 @@
 
 It prints:
 
-    ...
+    loss on         low numbers   high numbers
+    no adapter           4.1451         4.1891
+    low                  3.7141         4.1460
+    high                 4.1678         3.7310
+    the second adapter, loaded alone, gives the same loss: True
+    merging: HypLoRA can't be merged: its update is not linear in the token
 
 HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besides:
 

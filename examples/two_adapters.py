@@ -4,7 +4,11 @@
 
 It prints:
 
-    ...
+    adapter                  sum      difference         product
+    none                   100 %             8 %             7 %
+    difference               8 %           100 %             7 %
+    product                  7 %             7 %           100 %
+    a file of 18 kB brings the first adapter back: True
 
 The base stays in memory; a switch copies the numbers of an adapter alone.
 """

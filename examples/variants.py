@@ -1,10 +1,17 @@
 """Can HypLoRA be combined with DoRA and with AdaLoRA? Two small subclasses of HypLoRALinear.
 
-    python -m examples.variants                      # needs torch alone; half a minute
+    python -m examples.variants                      # needs torch alone
 
 It prints:
 
-    ...
+                            loss   accuracy   rank of each layer
+    LoRA                  0.0175      100 %                 8, 8
+    HypLoRA               0.0241      100 %                 8, 8
+    DoRA                  0.1192      100 %                 8, 8
+    HypLoRA with DoRA     0.1117      100 %                 8, 8
+    AdaLoRA               0.0709      100 %                 2, 6
+    HypLoRA with AdaLoRA  0.0508      100 %                 3, 5
+    DoRA's n with the mean phi, 0.58, would differ by at most 41.9 %
 
 The table shows that the combinations train, and nothing about which one is better: it is one toy
 with one setting for all. With curvature = math.inf the two classes are DoRA and AdaLoRA themselves;
@@ -35,8 +42,8 @@ class DoraHypLoRALinear(HypLoRALinear):
     It starts at n, and n is taken as a constant by the gradient, both as in DoRA.
 
     The choice: the matrix that HypLoRA applies to a token is W + scaling * phi * BA, where phi, the
-    ratio of |update| to |BAx|, depends on the token. Should n contain the mean phi? We leave it out.
-    The mean over a batch would make one token's output depend on the others, and a stored mean
+    ratio of |update| to |BAx|, depends on the token. Should n contain the mean phi? We leave it
+    out. The mean over a batch would make one token's output depend on the others, and a stored mean
     would be one more state, which has to be initialized, saved and explained. The model can say
     the same without it: n is one factor for each output, the same for all tokens, and m is another.
     What is lost is that m is no longer the length of the rows of the mean matrix, by as much as the
@@ -129,15 +136,15 @@ class RankBudget:
 
     @torch.no_grad()
     def step(self, step):
-        in_final = step > self.total - self.final
-        if step < self.total - self.final:
+        is_final = step >= self.total - self.final
+        if not is_final:  # From there on, the scores and so the choice stay as they are.
             self.scores = []
             for layer in self.layers:
                 score = self.importance(layer.lora_E).view(-1)
                 score = score + self.importance(layer.lora_A).mean(dim=1)
                 score = score + self.importance(layer.lora_B).mean(dim=0)
                 self.scores.append(score)
-        if step <= self.warmup or not (in_final or step % self.every == 0):
+        if step <= self.warmup or not (is_final or step % self.every == 0):
             return
         dropped = self.start - self.budget(step)
         if dropped == 0:
