@@ -105,6 +105,8 @@ def calibrate(model, adapter="default", **inputs):
         layer.lora_K[adapter].fill_((square / layer.in_features).log())
 
     layers = [module for module in model.modules() if isinstance(module, HypLoRAPeftLinear)]
+    if not layers:
+        raise ValueError("the first adapter of a model has to be one of HypLoRAConfig")
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     with model.disable_adapter():
         model(**inputs)

@@ -387,7 +387,9 @@ def test_the_variant_saves_resumes_and_keeps_adapters_apart(tmp_path):
         with pytest.raises(RuntimeError, match="can't be merged"):
             merge()
     with pytest.warns(UserWarning, match="curvature"):
-        variant.PeftModel.from_pretrained(variant.small_model(), tmp_path)
+        plain = variant.PeftModel.from_pretrained(variant.small_model(), tmp_path)
+    with pytest.raises(ValueError, match="first adapter"):
+        variant.calibrate(plain, input_ids=IDS)
 
 
 # --- from PEFT's LoRA ---------------------------------------------------------------------------
@@ -763,9 +765,16 @@ def test_bases_of_bitsandbytes_pass_the_gradient_on(options, tmp_path):
         assert similar > 0.9, name
 
 
-def test_dynamic_quantization_passes_no_gradient_on():
+@pytest.mark.parametrize("package", ["torch.ao.quantization", "torchao.quantization"])
+def test_dynamic_quantization_passes_no_gradient_on(package):
     """It is torch's own limit. The first layer's adapter would learn from the second's alone."""
-    model = torch.ao.quantization.quantize_dynamic(one_linear(), {nn.Linear}, torch.qint8)
+    quantization = pytest.importorskip(package, reason="pip install torchao")
+    model = one_linear()
+    if package == "torch.ao.quantization":
+        model = quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    else:
+        config = quantization.Int8DynamicActivationInt8WeightConfig()
+        quantization.quantize_(model, config)
     inject_hyplora(model, "all-linear", rank=3)
     model(X).square().sum().backward()
     assert model[2].lora_B.grad.any()
