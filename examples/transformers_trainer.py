@@ -16,8 +16,8 @@ SentenceTransformerTrainer alike:
     class HypLoRATrainer(AdapterCheckpoints, Trainer):
         pass
 
-The methods that begin with an underscore are private ones of Trainer, and have been the same for
-years. tests/test_examples.py tells you when they no longer are.
+The methods that begin with an underscore are private ones of Trainer. tests/test_examples.py fails
+when a new version of it no longer calls them.
 """
 
 import os

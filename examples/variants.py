@@ -52,6 +52,8 @@ class DoraHypLoRALinear(HypLoRALinear):
 
     def __init__(self, base, **options):
         super().__init__(base, **options)
+        if base.weight.shape != (self.out_features, self.in_features):
+            raise TypeError("DoRA needs the rows of W: the base has to be an nn.Linear")
         self.lora_magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
 
     def forward(self, x):
@@ -61,7 +63,8 @@ class DoraHypLoRALinear(HypLoRALinear):
         bias = 0 if self.bias is None else self.bias
         BA = (self.lora_B @ self.lora_A).detach()
         n = (self.weight + self.scaling * BA).norm(dim=1)
-        return bias + self.lora_magnitude / n * (out - bias)
+        factor = (self.lora_magnitude / n).to(out.dtype)
+        return bias + factor * (out - bias)
 
 
 class AdaHypLoRALinear(HypLoRALinear):

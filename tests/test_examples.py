@@ -520,6 +520,17 @@ def test_dora_with_hyplora_is_its_formula():
     z = X.double() @ W.T + 2 * hyplora_reference(X.double(), A, B, 8.0)
     expected = layer.lora_magnitude.double() * z / (W + 2 * B @ A).norm(dim=1) + b
     torch.testing.assert_close(layer(X), expected.float())
+    assert layer.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="rows of W"):
+        variants.DoraHypLoRALinear(transposed())
+
+
+def transposed():
+    """A linear layer with a weight of the shape (in, out), as GPT-2 has it."""
+    layer = nn.Module()
+    layer.nf = 12
+    layer.weight = nn.Parameter(torch.ones(16, 12))
+    return layer
 
 
 def test_adalora_at_curvature_infinity_is_pefts_with_its_budget():
