@@ -336,6 +336,11 @@ def _find_linears(model, targets, also):
             _require(targets == "all-linear", message)
             warnings.warn(message, stacklevel=3)
             left_out.add(layer)
+    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
+    for name, layer in found.items():
+        if getattr(layer, "weight", None) in embeddings:
+            _require(targets == "all-linear", f"{name} is tied to an embedding: untie it first")
+            left_out.add(layer)
     found = {name: m for name, m in found.items() if m not in left_out}
     lone = "if the model is itself the layer, wrap it with HypLoRALinear(model)"
     _require(found and "" not in found, f"there is no linear layer in this model to adapt; {lone}")
@@ -375,7 +380,10 @@ def hyplora_parameters(model):
 
 @contextlib.contextmanager
 def disable_hyplora(model):
-    """Within this context the model is its base, bit for bit, but for modules of train_also."""
+    """Within this context the model is its base, bit for bit, but for modules of train_also.
+
+    It is one switch for all threads that run the model.
+    """
     layers = [m for m in model.modules() if isinstance(m, HypLoRALinear) and m.enabled]
     for layer in layers:
         layer.enabled = False

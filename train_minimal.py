@@ -222,17 +222,16 @@ def percent_right(model, task):
     return 100 * right.float().mean().item()
 
 
-def what_it_did(model, task):
+def print_what_it_did(model, task):
     """For each kind of layer, phi = |update| / |BAx|. Without a spread it would be LoRA's alpha."""
     kinds = {}
     for name, numbers in hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
         kinds.setdefault(name.rpartition(".")[2], []).append(numbers)
-    lines = []
+    print("|update| / |BAx| over the tokens of the test, mean and spread:")
     for kind, layers in kinds.items():
         phi = statistics.mean(numbers["phi"] for numbers in layers)
         spread = statistics.mean(numbers["phi_spread"] for numbers in layers)
-        lines.append(f"  {kind:<10} {phi:.2f} ± {spread:.2f}")
-    return "\n".join(lines)
+        print(f"  {kind:<10} {phi:.2f} ± {spread:.2f}")
 
 
 def table(rows):
@@ -283,7 +282,8 @@ def main(argv=None):
     if any(word.split("=")[0] in ("--checkpoint", "--data") for word in argv):
         from scaling import finetune
 
-        return finetune.main(argv)
+        finetune.main(argv)
+        return finetune.leave()  # This ends a process of torchrun.
     args = parse_arguments(argv)
     torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
     os.makedirs(args.out, exist_ok=True)
@@ -313,8 +313,7 @@ def main(argv=None):
             row["parameters"] = sum(p.numel() for group in groups for p in group["params"])
             rows.append(row)
             if curvature < math.inf:
-                print("|update| / |BAx| over the tokens of the test, mean and spread:")
-                print(what_it_did(model, args.task))
+                print_what_it_did(model, args.task)
             path = os.path.join(args.out, f"{args.task}-{name.replace(' ', '-')}-{seed}.pt")
             save_hyplora(model, path)
             remove_hyplora(model)

@@ -164,7 +164,7 @@ def measure(layers, tokens, dtype, backward, mode, device, rounds):
     kept = {}
     for name, layer in layers.items():
         layer.to(device)
-        kept[name] = kept_bytes(lambda: layer(x))
+        kept[name] = kept_bytes(lambda: layer(x)) if mode == "eager" else 0
         run = torch.compile(layer, dynamic=False) if "compiled" in mode else layer
         calls[name] = caller(run, x, gradient, backward)
         for _ in range(3):

@@ -9,15 +9,15 @@ import pickle
 import signal
 import sys
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hyplora import (
-    HypLoRALinear,
     hyplora_state_dict,
-    hyplora_update,
+    hyplora_statistics,
     save_atomically,
     set_hyplora_state_dict,
 )
@@ -281,29 +281,6 @@ def train(
     return progress.seconds()
 
 
-class LengthRecorder:
-    """A forward hook that keeps the lengths at one HypLoRA layer, for each token that it sees."""
-
-    def __init__(self):
-        self.radius = None  # |x| / sqrt K
-        self.gain = None  # |BAx| / |x|
-        self.phi = None  # |update| / |BAx|
-
-    def __call__(self, layer, inputs):
-        x = inputs[0].detach().flatten(0, -2).float()
-        A = layer.lora_A.detach().float()
-        B = layer.lora_B.detach().float()
-        K = layer.K.detach().float()
-        smallest = torch.finfo(torch.float32).tiny
-        token = x.norm(dim=-1).clamp(min=smallest)
-        product = (x @ A.T @ B.T).norm(dim=-1).clamp(min=smallest)
-        update = hyplora_update(x, A, B, K, layer.max_radius).norm(dim=-1)
-        self.radius = token / K.sqrt()
-        self.gain = product / token
-        self.phi = update / product
-
-
-@torch.no_grad()
 def adapter_effect(model, ids):
     """What the HypLoRA adapters do to these tokens, as a Markdown table with a row a kind of layer.
 
@@ -312,34 +289,16 @@ def adapter_effect(model, ids):
     deviation over the tokens of a layer, over its mean: near 0, the adapter is a LoRA with another
     alpha. Returns "" for a model whose adapters are all LoRA.
     """
-    recorders = {}
-    hooks = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, HypLoRALinear) and torch.as_tensor(layer.K).isfinite().all():
-            recorder = LengthRecorder()
-            recorders.setdefault(name.split(".")[-1], []).append(recorder)
-            hooks.append(layer.register_forward_pre_hook(recorder))
-    if not recorders:
-        return ""
-    was_training = model.training
-    model.eval()
-    model(ids, last_only=True)
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    lines = [
-        "| input of | radius (5 % to 95 %) | gain | phi | its spread within a layer |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for kind, found in recorders.items():
-        radius = torch.cat([recorder.radius for recorder in found])
-        low, high = radius.quantile(torch.tensor([0.05, 0.95], device=radius.device)).tolist()
-        gain = torch.cat([recorder.gain for recorder in found]).mean().item()
-        phi = torch.cat([recorder.phi for recorder in found]).mean().item()
-        spreads = [(recorder.phi.std() / recorder.phi.mean()).item() for recorder in found]
-        spread = 100 * sum(spreads) / len(spreads)
-        lines.append(
-            f"| {kind} | {radius.mean().item():.2f} ({low:.2f} to {high:.2f}) | {gain:.3f} | "
-            f"{phi:.3f} | {spread:.1f} % |"
-        )
-    return "\n".join(lines)
+    kinds = {}
+    for name, numbers in hyplora_statistics(model, ids, last_only=True).items():
+        if numbers["radius"] > 0:
+            kinds.setdefault(name.split(".")[-1], []).append(numbers)
+    lines = ["| input of | radius | gain | phi | its spread within a layer |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    for kind, layers in kinds.items():
+        radius = mean(numbers["radius"] for numbers in layers)
+        gain = mean(numbers["gain"] for numbers in layers)
+        phi = mean(numbers["phi"] for numbers in layers)
+        spread = mean(100 * numbers["phi_spread"] / numbers["phi"] for numbers in layers)
+        lines.append(f"| {kind} | {radius:.2f} | {gain:.3f} | {phi:.3f} | {spread:.1f} % |")
+    return "\n".join(lines) if kinds else ""
