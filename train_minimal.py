@@ -243,8 +243,9 @@ def table(rows):
         cells = [name]
         for column in columns:
             values = [row[column] for row in rows if row["adapter"] == name]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            form = ".0f" if column == "parameters" else ".1f"
+            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):{form}}{spread}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -265,8 +266,8 @@ def parse_arguments(argv):
     add("--rank", type=int, default=8, help="of the adapters")
     add("--alpha", type=float, default=16.0, help="the updates are scaled by alpha / rank")
     add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")
-    add("--steps", type=int, default=400, help="training steps of an adapter")
-    add("--base-steps", type=int, default=600, help="training steps of the base")
+    add("--steps", type=int, default=360, help="training steps of an adapter")
+    add("--base-steps", type=int, default=550, help="training steps of the base")
     add("--batch-size", type=int, default=64, help="sums in a step of an adapter")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
     add("--width", type=int, default=64, help="of the GPT")

@@ -2,8 +2,9 @@
 
 A case is one forward and backward pass through HypLoRALinear, on an input for which LoRA's product
 in the same dtype is finite, forward and backward (others are drawn again): tokens of norm 0, 1e-30
-and up to 1e12 (float16: up to its largest number), outliers, B = 0, B tiny and large, rank-deficient A,
-BAx = 0 with B not 0, inputs that are empty, strided or expanded, K from 1e-6 to 1e12 and infinity.
+and up to 1e12 (float16: up to its largest number), outliers, B = 0, B tiny and large, A of a lower
+rank, BAx = 0 with B not 0, inputs that are empty, strided or expanded, K from 1e-6 to 1e12 and
+infinity.
 
     python -m benchmarks.fuzz                           # 100,000 cases and the table of errors
     python -m benchmarks.fuzz --cases 1000 --seed 7

@@ -356,7 +356,7 @@ def step_table(contenders, ids, device, rounds, budget):
 
 @torch.no_grad()
 def generate(model, ids, tokens, device):
-    """Greedy decoding with a cache that grows. Returns the seconds of the steps after the prompt."""
+    """Greedy decoding with a growing cache. Returns the seconds of the steps after the prompt."""
     out = model(input_ids=ids, use_cache=True)
     cache = out.past_key_values
     token = out.logits[:, -1:].argmax(dim=-1)
@@ -500,7 +500,7 @@ def scale_cases(device):
 def scale_table(args):
     """Tokens/s of four blocks, for our LoRA and HypLoRA."""
     lines = [
-        "| width | batch | length | rank | our LoRA, tokens/s | HypLoRA, tokens/s | time over LoRA |",
+        "| width | batch | length | rank | LoRA, tokens/s | HypLoRA, tokens/s | time over LoRA |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     names = ("our LoRA", "HypLoRA")

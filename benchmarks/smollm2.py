@@ -408,12 +408,12 @@ def work(lab, results, args, begun):
     done = results["runs"]
     size = args.stack
     longest = 0
-    while plan(done, args.seeds):
+    while plan(done, args.seeds, args.methods):
         left = args.seconds - (time.perf_counter() - begun)
         if left < 1.15 * longest + 5:
             print(f"Stopped with {left:.0f} s left; the next call goes on.", flush=True)
             return
-        ready = plan(done, args.seeds)
+        ready = plan(done, args.seeds, args.methods)
         runs = [run for run in ready if is_late(run) == is_late(ready[0])][:size]
         runs.sort(key=lambda run: METHODS[run.method].kind)
         start = time.perf_counter()
@@ -433,7 +433,7 @@ def work(lab, results, args, begun):
         seconds = time.perf_counter() - start
         longest = max(longest, seconds)
         names = sorted({run.method for run in runs})
-        waiting = len(plan(done, args.seeds))
+        waiting = len(plan(done, args.seeds, args.methods))
         print(f"{len(made)} runs in {seconds:.0f} s, {waiting} ready: {names}", flush=True)
 
 
@@ -451,6 +451,7 @@ def main(arguments=None):
     add("--results", type=Path, required=True, help="where results are kept, and read from")
     add("--seconds", type=float, default=540, help="stop before so much time has passed")
     add("--seeds", type=int, default=5, help="the seeds that are reported")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these alone")
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=16)
     add("--rank", type=int, default=32)

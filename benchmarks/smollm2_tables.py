@@ -23,6 +23,11 @@ def interval(values):
     return mean, t * statistics.stdev(values) / len(values) ** 0.5
 
 
+def with_spread(mean, half, form):
+    """The mean with its interval, or, of one value, alone."""
+    return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} ± {half:{form.strip('+')}}"
+
+
 def table(header, lines):
     rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -49,7 +54,7 @@ def difference(results, others, key, scale=1000):
         return "-"
     mean, half = interval(values)
     mark = " *" if abs(mean) > half else ""
-    return f"{mean:+.2f} ± {half:.2f}{mark}"
+    return f"{with_spread(mean, half, '+.2f')}{mark}"
 
 
 def sweep_table(runs):
@@ -75,7 +80,7 @@ def loss_table(found, base):
         cells = [name, str(len(results))]
         for key in TESTS:
             mean, half = interval([result[key] for result in results.values()])
-            cells.append(f"{mean:.4f} ± {half:.4f}")
+            cells.append(with_spread(mean, half, ".4f"))
         lines.append(cells)
     return table(["loss per token", "seeds", *TESTS], lines)
 
@@ -103,7 +108,7 @@ def accuracy_table(found, baseline):
                 cells += ["-", "-"]
                 continue
             mean, half = interval([result[key] for result in has.values()])
-            cells.append(f"{mean:.1f} ± {half:.1f}")
+            cells.append(with_spread(mean, half, ".1f"))
             cells.append("-" if name == baseline else difference(has, others, key, scale=1))
         lines.append(cells)
     header = ["% right"]
@@ -145,7 +150,8 @@ def page(results):
     over_control.append(("HypLoRA, rho 2, K learned", "HypLoRA, rho 2"))
     lora, count_lora = difference_table(found, over_LoRA)
     control, count_control = difference_table(found, over_control)
-    count = count_lora + count_control
+    lone = [name for name, results in found.items() if len(results) == 1 and name != "LoRA"]
+    count = count_lora + count_control - len(lone) * len(TESTS)
     seeds = sorted({seed for results in found.values() for seed in results})
     peft = ", ".join(f"{name} {value:.1e}" for name, value in about.get("peft", {}).items())
     parts = [
