@@ -7,8 +7,8 @@ the product with BA in hyperbolic space instead, which curves away from its orig
 
     z = W x + scaling * logmap0(llr(expmap0(x); B, A)),       scaling = alpha / rank
 
-expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. As the
-space has the curvature -1/K, measure lengths in units of sqrt K. Let r = |x| be the radius of a
+expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. Its
+curvature is -1/K; measure lengths in units of sqrt K. Let r = |x| be the radius of a
 token and g = |BAx| / |x| the gain. Both updates point along BAx, and their lengths r' are
 
     LoRA:  r' = g r                    HypLoRA:  sinh r' = g sinh r    (the law of sinh)
@@ -40,7 +40,7 @@ from torch.optim.swa_utils import AveragedModel
 # The Lorentz model of hyperbolic space is one sheet of a hyperboloid: the points
 # p = (p0, p1, ..., pd) with -p0^2 + p1^2 + ... + pd^2 = -K and p0 > 0. The coordinate p0 is called
 # time, the others are called space. The lowest point, (sqrt K, 0, ..., 0), is the origin, and the
-# vectors of a network live in the flat space that touches the sheet there.
+# vectors of a network live in the tangent space there: the flat space that touches the sheet.
 
 
 def lorentz_inner(p, q):
@@ -52,9 +52,9 @@ _bounded = F.hardtanh  # It clamps a number between two bounds, with a cheaper b
 
 
 def _radius(v, K):
-    """The length of v in units of sqrt K, in float32 or wider: (..., d) -> (..., 1).
+    """The length of v in units of sqrt K, summed in float32 or wider: (..., d) -> (..., 1).
 
-    At v = 0 it is 1e-18, so that a quotient of two lengths has its limit there instead of 0 / 0.
+    At v = 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     squared = v.square().sum(dim=-1, keepdim=True, dtype=wide) / K
@@ -62,7 +62,7 @@ def _radius(v, K):
 
 
 def expmap0(v, K):
-    """The exponential map at the origin lifts a vector onto the hyperboloid and keeps its length.
+    """The exponential map lifts a vector to a point as far from the origin as the vector is long.
 
         expmap0(v) = ( sqrt K cosh(|v|/sqrt K),  sqrt K sinh(|v|/sqrt K) v/|v| )
 
@@ -102,7 +102,7 @@ def llr(p, A, B, K):
 
 
 def hyplora_reference(x, A, B, K):
-    """The update as the paper writes it. The arguments are those of hyplora_update."""
+    """The update as the paper writes it, in float32 or float64. Arguments: as in hyplora_update."""
     return logmap0(llr(expmap0(x, K), A, B, K), K)
 
 
@@ -115,8 +115,8 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     max_radius is treated as if it lay there (the authors do so too), as sinh would overflow.
 
     x: (..., d_in), any float dtype. A: (rank, d_in). B: (d_out, rank). K: a positive number or a
-    tensor of one element, infinity included. Returns (..., d_out). The products run, and the result
-    is, in the dtype of x, but for a float16 x in float32. Lengths are in float32 or wider.
+    tensor of one element, infinity included. Returns (..., d_out). The products and the result have
+    the dtype of x, or float32 if that is float16. Lengths are in float32 or wider.
     """
     if x.dtype == torch.float16:
         x = x.float()  # Numbers on the way can be larger than 65504, where float16 ends.
@@ -132,6 +132,7 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     squared = ((unit_h @ G) * unit_h).sum(dim=-1, keepdim=True)
     lora_r = _bounded(squared, 1e-36, math.inf).sqrt()
 
+    # sinh r' = g sinh r
     gain = lora_r / r
     new_r = torch.asinh(gain * torch.sinh(_bounded(r, 0, max_radius)))
     return F.linear((new_r / lora_r * h).to(x.dtype), B.to(x.dtype))
@@ -141,14 +142,15 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
 
 
 class HypLoRALinear(nn.Module):
-    """A frozen linear layer with a HypLoRA adapter: base(x) + scaling * hyplora_update(x, A, B, K).
+    """A linear layer with a HypLoRA adapter: base(x) + scaling * hyplora_update(x, A, B, K).
 
     base: nn.Linear, the Conv1D of transformers, or a module with in_features and out_features.
     rank, alpha: the rank of BA; the update is scaled by alpha / rank.
     dropout: the share of the adapter's input that is dropped while training.
-    curvature: K / u^2, where u is the length of a typical token, whose radius is 1/sqrt(curvature).
-        u^2 starts as in_features, and calibrate_curvature measures it. math.inf is plain LoRA.
-    learn_curvature, max_radius: whether K is trained; the bound of hyplora_update.
+    curvature: K / u^2, so that larger is flatter (the paper's name), where u is the length of a
+        typical token, whose radius is 1/sqrt(curvature). u^2 starts as in_features, and
+        calibrate_curvature measures it. math.inf is plain LoRA.
+    learn_curvature, max_radius: whether K is trained, and the bound of hyplora_update.
 
     The parameters are float32: lora_A (rank, in_features), drawn as in LoRA; lora_B (out_features,
     rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, where K = curvature *
@@ -209,7 +211,7 @@ class HypLoRALinear(nn.Module):
             result = result.clamp(-65504, 65504).to(torch.float16)
         return result
 
-    # Some models look at these: T5 asks for wo.weight.dtype.
+    # Some models read these: T5 asks for wo.weight.dtype.
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -240,7 +242,7 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
     targets: "all-linear" (every linear layer but the output head), or a list of name endings such
     as ["q_proj", "v_proj"]. train_also: a list of name endings of modules that stay trainable and
     are saved with the adapters, such as ["classifier"]. layer_options: those of HypLoRALinear. A
-    layer that stands in two places gets one adapter. Returns the names of the adapted layers.
+    layer in two places gets one adapter, under its first name. Returns the adapted names.
 
     Raises ValueError or TypeError, with the model unchanged, if an ending matches nothing that can
     be adapted, if the model is adapted already, or if an option is wrong.
@@ -268,13 +270,13 @@ def _check(base, rank, dropout, learn_curvature, **positive):
     _require(_features(base)[0], "a lazy linear layer has no shape yet: run the model once first")
     offloaded = hasattr(base, "_hf_hook") and any(p.is_meta for p in base.parameters())
     _require(not offloaded, "the layer's weights are offloaded: load the model on one device")
-    whole = isinstance(rank, int) and rank > 0
+    whole = type(rank) is int and rank > 0
     _require(whole, f"rank must be a positive whole number, got {rank!r}")
     share = type(dropout) in (int, float) and 0 <= dropout < 1
     _require(share, f"dropout must be from 0 to below 1, got {dropout!r}")
     for name, value in positive.items():
         fits = type(value) in (int, float) and value >= 1e-12
-        _require(fits, f"{name} must be a number from 1e-12, got {value!r}")
+        _require(fits, f"{name} must be a Python number of at least 1e-12, got {value!r}")
     _require(positive["alpha"] < math.inf, "alpha must be finite")
     _require(positive["max_radius"] <= 80, "max_radius must be at most 80, as sinh overflows there")
 
@@ -322,7 +324,8 @@ def _find_linears(model, targets, also):
     left_out = {inner for module in also.values() for inner in module.modules()}
     if targets == "all-linear":
         found = {name: m for name, m in modules.items() if _features(m)}
-        left_out |= {m for name, m in modules.items() if name.rpartition(".")[2] in OUTPUT_HEADS}
+        heads = [m for name, m in modules.items() if name.rpartition(".")[2] in OUTPUT_HEADS]
+        left_out.update(inner for head in heads for inner in head.modules())
         if hasattr(model, "get_output_embeddings"):
             left_out.add(model.get_output_embeddings())
     else:
@@ -342,8 +345,8 @@ def _find_linears(model, targets, also):
             _require(targets == "all-linear", f"{name} is tied to an embedding: untie it first")
             left_out.add(layer)
     found = {name: m for name, m in found.items() if m not in left_out}
-    lone = "if the model is itself the layer, wrap it with HypLoRALinear(model)"
-    _require(found and "" not in found, f"there is no linear layer in this model to adapt; {lone}")
+    _require(found, "no linear layer is left to adapt, without heads, train_also, and the like")
+    _require("" not in found, "the model is the layer itself: wrap it with HypLoRALinear(model)")
     return found
 
 
@@ -355,10 +358,11 @@ def _put_in_place(model, layers, also):
         module.requires_grad_(True)
         module.hyplora_train_also = True
     trained = {buffer for module in also.values() for buffer in module.buffers()}
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "_u")) and buffer not in trained:
-            message = f"{name} changes in training mode, and the base with it: keep it in eval mode"
-            warnings.warn(message, stacklevel=3)
+    buffers = {name: b for name, b in model.named_buffers() if b not in trained}
+    moving = [name for name in buffers if name.endswith(("running_mean", "_u"))]
+    if moving:
+        how = "training mode changes them, and the base with them: keep them in eval mode"
+        warnings.warn(f"{', '.join(moving)}: {how}", stacklevel=3)
 
 
 def _replace(model, swap):
@@ -375,7 +379,8 @@ def hyplora_parameters(model):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require(trainable, "nothing trains in this model; inject_hyplora(model, targets) adapts it")
     curvatures = [trainable.pop(name) for name in list(trainable) if name.endswith("lora_K")]
-    return [{"params": [*trainable.values()]}, {"params": curvatures, "weight_decay": 0.0}]
+    groups = [{"params": [*trainable.values()]}, {"params": curvatures, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 @contextlib.contextmanager
@@ -406,11 +411,13 @@ def remove_hyplora(model):
 def _over_tokens(model, measure, args, kwargs):
     """Run the model once in eval mode. Returns {name: measure(layer, x)} over all tokens x."""
     layers = _named_modules(model, HypLoRALinear)
+    _require(layers, "this model has no adapters; inject_hyplora(model, targets) adds them")
     parts = {layer: [] for layer in layers.values()}
 
     def look(layer, inputs):
         if inputs[0].any():
-            parts[layer].append(measure(layer, inputs[0].float().flatten(0, -2)))
+            x = inputs[0].float().reshape(-1, layer.in_features)
+            parts[layer].append(measure(layer, x))
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
     modes = {module: module.training for module in model.modules()}
@@ -428,16 +435,18 @@ def _over_tokens(model, measure, args, kwargs):
 def calibrate_curvature(model, *args, **kwargs):
     """Set each K from the lengths that its layer sees: K = curvature * mean of |x|^2 over tokens.
 
-    args, kwargs: sample inputs of the model, which runs once, as its base and in eval mode. Then a
-    typical token has the radius 1/sqrt(curvature) in every layer. Returns {name: K}. Raises
-    ValueError, with every K as it was, if a length is not finite.
+    args, kwargs: sample inputs of the model (best without padding, which counts), which runs once,
+    as its base and in eval mode. Then a typical token has the radius 1/sqrt(curvature) in every
+    layer that saw one. Returns {name: K} of these. Raises ValueError, with every K as it was, if a
+    length is not finite.
     """
     layers = _named_modules(model, HypLoRALinear)
     with disable_hyplora(model):
         squares = _over_tokens(model, lambda layer, x: _radius(x, 1).square(), args, kwargs)
     means = {name: square.mean(dim=0) for name, square in squares.items()}
     logs = {name: (mean / layers[name].in_features).log() for name, mean in means.items()}
-    _fill({name: layers[name].lora_K for name in logs}, logs)
+    owned = {f"{name}.lora_K": layers[name].lora_K for name in logs}
+    _fill(owned, {f"{name}.lora_K": log for name, log in logs.items()})
     return {name: layers[name].curvature * mean.item() for name, mean in means.items()}
 
 
@@ -446,7 +455,7 @@ def hyplora_statistics(model, *args, **kwargs):
 
     Returns {name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|,
     "phi_spread": phi's standard deviation}}, means over tokens. Where the spread is near 0, HypLoRA
-    is LoRA with alpha times phi. (phi is 1 as long as B is 0.)
+    is LoRA with alpha times phi. (While B is 0, phi means nothing and is 1.)
     """
 
     def effect(layer, x):
@@ -491,7 +500,8 @@ def _fill(own, tensors):
     for name, target in own.items():
         new = tensors[name]
         fits = torch.is_tensor(new) and new.shape == target.shape and new.isfinite().all()
-        _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {new!s:.99}")
+        found = f"{tuple(new.shape)}, {new!s:.60}" if torch.is_tensor(new) else f"{new!s:.60}"
+        _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {found}")
     for name, target in own.items():
         new = tensors[name].to(target.device)
         if hasattr(target, "device_mesh"):
@@ -532,6 +542,7 @@ def save_atomically(content, path):
 def save_hyplora(model, path):
     """Write the adapters and the modules of train_also to path, atomically."""
     tensors = hyplora_state_dict(model)
+    _require(tensors, "this model has no adapters to save")
     fresh = [n for n in tensors if n.endswith(".lora_B") and not tensors[n].any()]
     if fresh:
         why = "they were not trained, or their owner reads the weight and never calls them"
@@ -555,18 +566,21 @@ def load_hyplora(model, path):
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
+            _require(content["hyplora"] == 2, "another version wrote it")
             for name, options in content["layers"].items():
-                _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
+                here = name and name in modules if bare else name in layers
+                _require(here, f"{name} is not here to be adapted")
                 if bare:
                     layers[name] = HypLoRALinear(modules[name], **options)
                 for key in ("rank", "alpha", "curvature", "max_radius"):
-                    here, there = layers[name].options[key], options.get(key)
-                    _require(here == there, f"{key} of {name} is {here} here, {there} in the file")
+                    own, other = layers[name].options[key], options.get(key)
+                    _require(own == other, f"{key} of {name} is {own} here, {other} in the file")
             if bare:
                 also = {name: modules[name] for name in content["also"]}
             _fill(_tensors(layers, also), content["tensors"])
         except Exception as error:
-            raise ValueError(f"{path} is damaged or doesn't fit this model: {error}") from error
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged or doesn't fit this model. {why}") from error
     if bare:
         _put_in_place(model, layers, also)
     return list(layers)

@@ -188,7 +188,7 @@ def train(model, parameters, task, steps, batch_size, lr, seed, label):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
 
     def pace(step):
-        return min((step + 1) / 20, (steps - step) / steps)
+        return min((step + 1) / 20, (steps - step) / max(1, steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
     start = time.perf_counter()
@@ -223,7 +223,7 @@ def percent_right(model, task):
 
 
 def print_what_it_did(model, task):
-    """For each kind of layer, phi = |update| / |BAx|. Without a spread it would be LoRA's alpha."""
+    """For each kind of layer, |update| / |BAx|. Without a spread, it would be LoRA's alpha."""
     kinds = {}
     for name, numbers in hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
         kinds.setdefault(name.rpartition(".")[2], []).append(numbers)
@@ -262,7 +262,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", choices=["subtract", "two-step"], default="subtract", help="a-b, or a+b-c")
     add("--curvature", type=float, nargs="+", default=[0.5], help="one HypLoRA for each")
-    add("--no-calibrate", action="store_true", help="keep the guess of K")
+    add("--no-calibrate", action="store_true", help="do not fit K to the model")
     add("--rank", type=int, default=8, help="of the adapters")
     add("--alpha", type=float, default=16.0, help="the updates are scaled by alpha / rank")
     add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")

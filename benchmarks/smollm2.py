@@ -11,8 +11,8 @@ on one frozen model; tests/test_smollm2.py checks the stack against runs of thei
     python -m benchmarks.smollm2 --results smollm2.json --tables     # RESULTS.md and the picture
     python -m benchmarks.smollm2 --small --results small.json        # a toy, on any CPU
 
-Results are kept after each stack, so that a later call goes on: benchmarks/smollm2.json has those of
-RESULTS.md. Needs transformers; PEFT for the check that its LoRA and DoRA are these.
+Results are kept after each stack, so that a later call goes on: benchmarks/smollm2.json has those
+of RESULTS.md. Needs transformers; PEFT for the check that its LoRA and DoRA are these.
 """
 
 import argparse

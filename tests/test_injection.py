@@ -164,7 +164,7 @@ def test_a_base_that_moves_in_training_mode_is_warned_of():
         "old spectral norm": nn.utils.spectral_norm(nn.Linear(8, 8)),
     }
     for norm in norms.values():
-        with pytest.warns(UserWarning, match="changes in training mode"):
+        with pytest.warns(UserWarning, match="training mode changes them"):
             inject_hyplora(nn.ModuleDict({"fc": nn.Linear(8, 8), "norm": norm}), ["fc"])
 
 
