@@ -7,8 +7,8 @@ the product with BA in hyperbolic space instead, which curves away from its orig
 
     z = W x + scaling * logmap0(llr(expmap0(x); B, A)),       scaling = alpha / rank
 
-expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. Its
-curvature is -1/K; measure lengths in units of sqrt K. Let r = |x| be the radius of a
+expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. The
+curvature of the space is -1/K, and lengths are in units of sqrt K. Let r = |x| be the radius of a
 token and g = |BAx| / |x| the gain. Both updates point along BAx, and their lengths r' are
 
     LoRA:  r' = g r                    HypLoRA:  sinh r' = g sinh r    (the law of sinh)
