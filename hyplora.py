@@ -54,11 +54,11 @@ _bounded = F.hardtanh  # It clamps a number between two bounds, with a cheaper b
 def _radius(v, K):
     """The length of v in units of sqrt K, summed in float32 or wider: (..., d) -> (..., 1).
 
-    At v = 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0.
+    At v = 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0. (Float32 ends at 3e38.)
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     squared = v.square().sum(dim=-1, keepdim=True, dtype=wide) / K
-    return _bounded(squared, 1e-36, math.inf).sqrt()
+    return _bounded(squared, 1e-36, 3e38).sqrt()
 
 
 def expmap0(v, K):
@@ -130,7 +130,7 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     unit_h = h / K.reshape(1).sqrt()
     G = B.to(wide).T @ B.to(wide)
     squared = ((unit_h @ G) * unit_h).sum(dim=-1, keepdim=True)
-    lora_r = _bounded(squared, 1e-36, math.inf).sqrt()
+    lora_r = _bounded(squared, 1e-36, 3e38).sqrt()
 
     # sinh r' = g sinh r
     gain = lora_r / r

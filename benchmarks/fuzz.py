@@ -139,7 +139,7 @@ def accuracy(dtype, g, tokens=1000, width=64, out=48, rank=8):
     ours, loras = torch.zeros(2), torch.zeros(2)
     for K in (0.5 * width,) if half else (1e-2, 0.5 * width, 1e4):
         for order in (-1, 0, 1) if half else range(-10, 5, 2):
-            radius = torch.logspace(-1 if half else -8, math.log10(11.99), tokens).double()[:, None]
+            radius = torch.logspace(-1 if half else -8, math.log10(11.9), tokens).double()[:, None]
             x = F.normalize(torch.randn(tokens, width, generator=g, dtype=torch.float64), dim=-1)
             x = (x * radius * K**0.5).to(dtype)
             A = torch.randn(rank, width, generator=g) / math.sqrt(width)
