@@ -83,7 +83,7 @@ FAMILIES = (*DEFAULTS, "gemma3")  # gemma3 is gemma3_text beside a vision tower,
 # (Qwen2.5's 1M models have a dual_chunk_attention_config; it begins at 262144 tokens, and
 # transformers leaves it out too.)
 WITHOUT_EFFECT = (
-    "architectures auto_map boi_token_id boi_token_index bos_token_id cache_implementation dtype "
+    "architectures boi_token_id boi_token_index bos_token_id cache_implementation dtype "
     "dual_chunk_attention_config eoi_token_id eoi_token_index eos_token_id finetuning_task "
     "id2label image_token_id image_token_index initializer_range is_llama_config label2id "
     "max_position_embeddings max_sequence_length mm_tokens_per_image model_type name_or_path "
@@ -93,6 +93,8 @@ WITHOUT_EFFECT = (
 ).split()
 # Fields that are accepted with the one value that asks for nothing.
 NEUTRAL = {"attention_dropout": 0, "partial_rotary_factor": 1, "chunk_size_feed_forward": 0}
+# Fields for which false asks for another computation, where elsewhere it asks for nothing.
+CAUSAL = ("is_causal", "causal", "use_causal_mask", "use_rope")
 # What each kind of rope needs beside its rope_theta.
 ROPE_FIELDS = {
     "default": set(),
@@ -152,7 +154,10 @@ def read_fields(folder):
     defaults = DEFAULTS[family]
     for name, value in given.items():
         known = name in defaults or name in WITHOUT_EFFECT or name.startswith("_")
-        asks_for_nothing = value is None or value is False or value == NEUTRAL.get(name)
+        if name in CAUSAL:
+            asks_for_nothing = value is None or value is True
+        else:
+            asks_for_nothing = value is None or value is False or value == NEUTRAL.get(name)
         if not known and not asks_for_nothing:
             raise ValueError(
                 f"{folder}/config.json: {name} {value!r} is not supported for {family}. If the "

@@ -208,6 +208,8 @@ def test_older_config_files_mean_the_same(tmp_path):
         (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
         (dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
         (dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
+        (dict(is_causal=False), "is_causal False"),
+        (dict(auto_map={"AutoModelForCausalLM": "modeling_x.X"}), "auto_map"),
         (dict(sliding_window=8), "sliding_window 8"),
         (dict(layer_types=[SLIDING, FULL, FULL]), "layer_types"),
         (dict(quantization_config=dict(bits=4)), "quantization_config"),
