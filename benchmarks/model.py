@@ -11,7 +11,7 @@ RESULTS.md as soon as it is finished, and a contender that fails is a row that s
     python -m benchmarks.model --scale                            # one table over all sizes
     torchrun --nproc-per-node 2 -m benchmarks.model --shape 7b --parallel replicated
 
-Needs transformers and peft: pip install -r benchmarks/requirements.txt
+Needs transformers and peft: pip install -r tests/requirements.txt
 """
 
 import argparse

@@ -35,8 +35,8 @@ class Part(nn.Module):
         self.K_rates = K_rates
         self.curve = nn.ParameterDict()
         if kind == "hyplora":
-            self.start = curvatures  # K / exp(log_K), shape (n,)
-            self.curve["log_K"] = nn.Parameter(torch.zeros_like(curvatures))
+            self.start = curvatures  # K / exp(lora_K), shape (n,)
+            self.curve["lora_K"] = nn.Parameter(torch.zeros_like(curvatures))
         if kind in ("authors", "simplified"):
             self.start = curvatures
             self.curve["k"] = nn.Parameter(curvatures.clone())
@@ -57,8 +57,8 @@ class Part(nn.Module):
         """K of each run; for the authors' layers their parameter k."""
         learned = self.K_rates > 0
         if self.kind == "hyplora":
-            log_K = self.curve["log_K"]
-            return self.start * torch.where(learned, log_K, log_K.detach()).exp()
+            lora_K = self.curve["lora_K"]
+            return self.start * torch.where(learned, lora_K, lora_K.detach()).exp()
         return self.curve["k"]
 
     def update(self, x):

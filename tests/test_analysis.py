@@ -1,6 +1,6 @@
 """What measures and draws: analysis/embeddings.py, analysis/report.py, examples/hyperboloid.py.
 
-What is not installed is skipped: pip install -r examples/requirements.txt
+What is not installed is skipped: pip install -r tests/requirements.txt
 """
 
 import json
