@@ -51,14 +51,19 @@ def lorentz_inner(p, q):
 _bounded = F.hardtanh  # It clamps a number between two bounds, with a cheaper backward than clamp.
 
 
-def _radius(v, K):
-    """The length of v in units of sqrt K, summed in float32 or wider: (..., d) -> (..., 1).
-
-    At v = 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0. (Float32 ends at 3e38.)
-    """
+def _squared_length(v):
+    """|v|^2, summed in float32 or wider: (..., d) -> (..., 1)."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    squared = v.square().sum(dim=-1, keepdim=True, dtype=wide) / K
-    return _bounded(squared, 1e-36, 3e38).sqrt()
+    return v.square().sum(dim=-1, keepdim=True, dtype=wide)
+
+
+def _radius(squared_length, K):
+    """A length in units of sqrt K, from its square.
+
+    For length 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0. Float32 ends at 3e38;
+    the gradient of a division by K would reach that sooner than this product with 1/K.
+    """
+    return _bounded(squared_length * K**-1, 1e-36, 3e38).sqrt()
 
 
 def expmap0(v, K):
@@ -68,7 +73,7 @@ def expmap0(v, K):
 
     v: (..., d). K: a positive number or a tensor of one element. Returns (..., d+1), time first.
     """
-    r = _radius(v, K)
+    r = _radius(_squared_length(v), K)
     time = K**0.5 * torch.cosh(r)
     space = torch.sinh(r) / r * v
     return torch.cat([time, space], dim=-1)
@@ -82,7 +87,7 @@ def logmap0(p, K):
     p: (..., d+1), time first. Returns (..., d).
     """
     space = p[..., 1:]
-    s = _radius(space, K)
+    s = _radius(_squared_length(space), K)
     return torch.asinh(s) / s * space
 
 
@@ -123,19 +128,19 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     wide = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(K, torch.Tensor):
         K = torch.tensor(K, dtype=wide, device=x.device)
-    r = _radius(x, K)
 
     # BAx = Bh is as long as the square root of h^T (B^T B) h, which needs only the short vector h.
     h = F.linear(x, A.to(x.dtype))
-    unit_h = h / K.reshape(1).sqrt()
+    wide_h = h.to(wide)
     G = B.to(wide).T @ B.to(wide)
-    squared = ((unit_h @ G) * unit_h).sum(dim=-1, keepdim=True)
-    lora_r = _bounded(squared, 1e-36, 3e38).sqrt()
+    lora_squared = (wide_h @ G * wide_h).sum(dim=-1, keepdim=True)
+    both = torch.cat([_squared_length(x), lora_squared], dim=-1)
+    r, lora_r = _radius(both, K).split(1, dim=-1)
 
     # sinh r' = g sinh r
     gain = lora_r / r
     new_r = torch.asinh(gain * torch.sinh(_bounded(r, 0, max_radius)))
-    return F.linear((new_r / lora_r * h).to(x.dtype), B.to(x.dtype))
+    return F.linear((new_r / lora_r * wide_h).to(x.dtype), B.to(x.dtype))
 
 
 # --- The layer ----------------------------------------------------------------------------------
@@ -442,7 +447,7 @@ def calibrate_curvature(model, *args, **kwargs):
     """
     layers = _named_modules(model, HypLoRALinear)
     with disable_hyplora(model):
-        squares = _over_tokens(model, lambda layer, x: _radius(x, 1).square(), args, kwargs)
+        squares = _over_tokens(model, lambda layer, x: _squared_length(x), args, kwargs)
     means = {name: square.mean(dim=0) for name, square in squares.items()}
     logs = {name: (mean / layers[name].in_features).log() for name, mean in means.items()}
     owned = {f"{name}.lora_K": layers[name].lora_K for name in logs}
@@ -461,7 +466,7 @@ def hyplora_statistics(model, *args, **kwargs):
     def effect(layer, x):
         lora = F.linear(F.linear(x, layer.lora_A.float()), layer.lora_B.float())
         update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, layer.max_radius)
-        n, m, new_n = [_radius(v, 1) for v in (x, lora, update)]
+        n, m, new_n = [_radius(_squared_length(v), 1) for v in (x, lora, update)]
         return torch.cat([n / layer.K.sqrt(), m / n, new_n / m], dim=-1)
 
     result = {}

@@ -32,7 +32,7 @@ def runs_of(*names, lr=1e-2):
 
 
 def test_a_stack_is_what_hyplora_layers_of_their_own_are(lab):
-    names = ["LoRA", "HypLoRA, guessed unit", "HypLoRA, rho 2", "HypLoRA, rho 8", "DoRA"]
+    names = ["LoRA", "HypLoRA, guessed unit", "HypLoRA, rho 2", "HypLoRA, rho 4", "DoRA"]
     names.append("authors' simplified")
     runs = runs_of(*names)
     stacks = lab.start(runs)
