@@ -201,7 +201,8 @@ def picture(results, path):
     names = [name for name in ["HypLoRA, guessed unit", *names] if name in found]
     if not names:
         return
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.8), squeeze=False)
+    size = (2 * len(names), 2.8)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for axis, name in zip(axes[0], names):
         for kind in KINDS:
             columns = zip(*(r["adapters"][kind]["phi"] for r in found[name].values()))
@@ -211,7 +212,8 @@ def picture(results, path):
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("layer of the model")
     axes[0][0].set_ylabel("phi = |update| / |BAx|")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].yaxis.set_major_formatter("{x:g}")
+    axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
