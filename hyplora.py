@@ -132,10 +132,11 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     # BAx = Bh is as long as the square root of h^T (B^T B) h, which needs only the short vector h.
     h = F.linear(x, A.to(x.dtype))
     wide_h = h.to(wide)
-    G = B.to(wide).T @ B.to(wide)
+    wide_B = B.to(wide)
+    G = wide_B.T @ wide_B
     lora_squared = (wide_h @ G * wide_h).sum(dim=-1, keepdim=True)
     both = torch.cat([_squared_length(x), lora_squared], dim=-1)
-    r, lora_r = _radius(both, K).split(1, dim=-1)
+    r, lora_r = _radius(both, K).chunk(2, dim=-1)
 
     # sinh r' = g sinh r
     gain = lora_r / r

@@ -321,6 +321,18 @@ def peak_bytes(contender, ids, device):
     return torch.cuda.max_memory_allocated() - before + contender.own_bytes()
 
 
+def kernels_of(contender, ids, device):
+    """(kernels of a training step, seconds that the GPU is busy with them), whatever the host."""
+    if device != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        contender.step(ids)
+        wait(device)
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(kernels), sum(kernel.device_time for kernel in kernels) / 1e6
+
+
 def times_baseline(name, seconds):
     if BASELINE not in seconds:
         return "no baseline"
@@ -335,22 +347,30 @@ def step_table(contenders, ids, device, rounds, budget):
         calls, device, rounds, budget, lambda name: contenders[name].turn_on()
     )
     peaks = {}
+    kernels = {}
     for name in seconds:
-        contenders[name].turn_on()
-        peaks[name] = attempt(lambda: peak_bytes(contenders[name], ids, device), {}, name, device)
+        contender = contenders[name]
+        contender.turn_on()
+        peaks[name] = attempt(lambda: peak_bytes(contender, ids, device), {}, name, device)
+        kernels[name] = attempt(lambda: kernels_of(contender, ids, device), {}, name, device)
     lines = [
-        "| | tokens/s | time over PEFT LoRA | peak GiB | peak over PEFT LoRA |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | tokens/s | time over PEFT LoRA | kernels | GPU busy over PEFT LoRA | peak GiB "
+        "| peak over PEFT LoRA |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in contenders:
         if name in failed:
-            lines.append(f"| {name} | {failed[name]} | | | |")
+            lines.append(f"| {name} | {failed[name]} | | | | | |")
             continue
         speed = ids.numel() / statistics.median(seconds[name])
-        memory = "| |"
-        if peaks[name] and peaks.get(BASELINE):
-            memory = f"{peaks[name] / 2**30:.2f} | {peaks[name] / peaks[BASELINE]:.3f} |"
-        lines.append(f"| {name} | {speed:,.0f} | {times_baseline(name, seconds)} | {memory}")
+        row = f"| {name} | {speed:,.0f} | {times_baseline(name, seconds)} | "
+        if peaks[name] and peaks.get(BASELINE) and kernels[name] and kernels.get(BASELINE):
+            count, busy = kernels[name]
+            row += f"{count:,} | {busy / kernels[BASELINE][1]:.2f} | "
+            row += f"{peaks[name] / 2**30:.2f} | {peaks[name] / peaks[BASELINE]:.3f} |"
+        else:
+            row += "| | | |"
+        lines.append(row)
     return "\n".join(lines)
 
 
