@@ -325,8 +325,8 @@ def kernels_of(contender, ids, device):
     """(kernels of a training step, seconds that the GPU is busy with them), whatever the host."""
     if device != "cuda":
         return None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    gpu = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[gpu]) as profile:
         contender.step(ids)
         wait(device)
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
