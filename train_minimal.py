@@ -15,21 +15,13 @@ import os
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hyplora import (
-    calibrate_curvature,
-    disable_hyplora,
-    hyplora_parameters,
-    hyplora_statistics,
-    inject_hyplora,
-    load_hyplora,
-    remove_hyplora,
-    save_hyplora,
-)
+import hyplora
 
 # --- The sums -----------------------------------------------------------------------------------
 #
@@ -79,8 +71,7 @@ def make_sums(task, pairs, generator):
 
 def show(row):
     """Tokens as one reads them: 12+34=046."""
-    text = "".join(VOCABULARY[token] for token in row)
-    return text[:-ANSWER] + text[-ANSWER:][::-1]
+    return "".join(VOCABULARY[token] for token in row[:-ANSWER] + row[-ANSWER:][::-1])
 
 
 # --- The model: a GPT as they are built today ---------------------------------------------------
@@ -88,9 +79,8 @@ def show(row):
 
 def rotate(x, positions):
     """Rotary embedding: turn pairs of channels of (batch, heads, T, size) by angles of position."""
-    size = x.shape[-1]
-    frequency = 10000.0 ** (-torch.arange(0, size, 2, device=x.device) / size)
-    angle = positions[:, None] * frequency
+    exponent = torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1]
+    angle = positions[:, None] * 10000.0**-exponent
     left, right = x.chunk(2, dim=-1)
     turned_left = left * angle.cos() - right * angle.sin()
     turned_right = right * angle.cos() + left * angle.sin()
@@ -186,11 +176,9 @@ def train(model, parameters, task, steps, batch_size, lr, seed, label):
     pairs = pairs_of_numbers(held_out=False)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-
-    def pace(step):
-        return min((step + 1) / 20, (steps - step) / max(1, steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, (steps - step) / max(1, steps))
+    )
     start = time.perf_counter()
     for step in range(1, steps + 1):
         chosen = torch.randint(len(pairs), (batch_size,), generator=generator)
@@ -225,7 +213,7 @@ def percent_right(model, task):
 def print_what_it_did(model, task):
     """For each kind of layer, |update| / |BAx|. Without a spread, it would be LoRA's alpha."""
     kinds = {}
-    for name, numbers in hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
+    for name, numbers in hyplora.hyplora_statistics(model, some_sums(model, task)[:, :-1]).items():
         kinds.setdefault(name.rpartition(".")[2], []).append(numbers)
     print("|update| / |BAx| over the tokens of the test, mean and spread:")
     for kind, layers in kinds.items():
@@ -237,8 +225,7 @@ def print_what_it_did(model, task):
 def table(rows):
     """Rows of the same name are seeds: they become one line, with mean ± standard deviation."""
     columns = [column for column in rows[0] if column != "adapter"]
-    lines = ["| adapter | " + " | ".join(columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
+    lines = [f"| adapter | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name in dict.fromkeys(row["adapter"] for row in rows):
         cells = [name]
         for column in columns:
@@ -251,6 +238,16 @@ def table(rows):
 
 
 # --- Main ---------------------------------------------------------------------------------------
+
+
+def compile_adapters(device):
+    """Compile the update once for all layers of a shape, or warn where no compiler works."""
+    torch._dynamo.config.recompile_limit = 64  # one for each shape of layer
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        hyplora.hyplora_update = torch.compile(hyplora.hyplora_update, dynamic=True)
+    except Exception as error:
+        warnings.warn(f"no compiler works here, so the adapters stay eager: {error!s:.80}")
 
 
 def parse_arguments(argv):
@@ -273,6 +270,7 @@ def parse_arguments(argv):
     add("--width", type=int, default=64, help="of the GPT")
     add("--layers", type=int, default=2, help="of the GPT")
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
+    add("--compile", action="store_true", help="compile the update, which takes longer in all")
     add("--out", default="runs", help="folder for the adapters")
     return parser.parse_args(argv)
 
@@ -288,6 +286,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
     os.makedirs(args.out, exist_ok=True)
+    if args.compile:
+        compile_adapters(args.device)
 
     torch.manual_seed(0)
     model = GPT(args.width, args.layers, heads=4).to(args.device)
@@ -301,26 +301,26 @@ def main(argv=None):
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             options = dict(rank=args.rank, alpha=args.alpha, curvature=curvature)
-            inject_hyplora(model, "all-linear", **options)
+            hyplora.inject_hyplora(model, "all-linear", **options)
             if not args.no_calibrate:
-                sample = some_sums(model, args.task, held_out=False)[:256, :-1]
-                calibrate_curvature(model, sample)
-            groups = hyplora_parameters(model)
+                seen = some_sums(model, args.task, held_out=False)
+                hyplora.calibrate_curvature(model, seen[:256, :-1])
+            groups = hyplora.hyplora_parameters(model)
             how = (args.task, args.steps, args.batch_size, args.lr, seed, f"{name}, seed {seed}")
             row = {"adapter": name, "seconds": train(model, groups, *how)}
             row[new] = percent_right(model, args.task)
-            with disable_hyplora(model):
+            with hyplora.disable_hyplora(model):
                 row[old] = percent_right(model, "add")
             row["parameters"] = sum(p.numel() for group in groups for p in group["params"])
             rows.append(row)
             if curvature < math.inf:
                 print_what_it_did(model, args.task)
             path = os.path.join(args.out, f"{args.task}-{name.replace(' ', '-')}-{seed}.pt")
-            save_hyplora(model, path)
-            remove_hyplora(model)
+            hyplora.save_hyplora(model, path)
+            hyplora.remove_hyplora(model)
 
     print(f"\n{table(rows)}\n")
-    load_hyplora(model, path)
+    hyplora.load_hyplora(model, path)
     answers = model.answer(some_sums(model, args.task)[::200, :-ANSWER]).tolist()
     print(f"{path}, loaded into the frozen base, answers {', '.join(map(show, answers))}")
     return rows

@@ -55,7 +55,14 @@ from scaling.scoring import (
     extract,
     score_records,
 )
-from scaling.training import Plan, adapter_effect, mean_loss, read_state, train
+from scaling.training import (
+    Plan,
+    adapter_effect,
+    compile_adapters,
+    mean_loss,
+    read_state,
+    train,
+)
 
 # -------------------------------------------------------------------------------------------------
 # The command line
@@ -285,7 +292,7 @@ def build_parser():
         help="auto: a GPU, if any",
     )
     add(group, "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
-    add(group, "--compile", action="store_true", help="torch.compile the training step")
+    add(group, "--compile", action="store_true", help="torch.compile HypLoRA's update")
     add(
         group,
         "--recompute",
@@ -589,7 +596,6 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
         weight_decay=args.weight_decay,
         clip_norm=args.clip_norm,
         accumulate=args.accumulate,
-        compile=args.compile,
         save_every=args.save_every,
         validate_every=args.validate_every,
     )
@@ -727,6 +733,8 @@ def main(argv=None):
     if is_main():
         os.makedirs(args.out, exist_ok=True)
     scorer = Scorer(args, tokens, tests, device)
+    if args.compile:
+        compile_adapters(device)
     if args.score_only is not None:
         rows = score_saved(args, scorer, device)
     else:

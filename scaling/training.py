@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import hyplora
 from hyplora import (
     hyplora_state_dict,
     hyplora_statistics,
@@ -43,9 +44,23 @@ class Plan:
     weight_decay: float = 0.01
     clip_norm: float | None = None  # longest gradient of all adapters together
     accumulate: int = 1  # parts in which a batch is computed, to save memory
-    compile: bool = False
     save_every: int = 0  # steps; 0 saves at the end alone
     validate_every: int = 0  # steps; 0 keeps the last adapters instead of the best
+
+
+def compile_adapters(device):
+    """Compile the update of all adapters, or stay eager and say so where no compiler works.
+
+    The code is compiled once for all layers of a shape, when the first of them runs, and serves
+    every batch size and length. Training, reading a prompt and generating a token each have their
+    own.
+    """
+    torch._dynamo.config.recompile_limit = 64  # one for each shape of layer and each such use
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        hyplora.hyplora_update = torch.compile(hyplora.hyplora_update, dynamic=True)
+    except Exception as error:
+        say(f"--compile: no compiler works here, so the adapters stay eager: {error!s:.80}")
 
 
 def learning_rate(plan, step):
@@ -85,7 +100,7 @@ def mean_loss(model, batches, device):
     return (total[0] / total[1]).item()
 
 
-def gradients(loss_of, model, parameters, batch, accumulate, stop):
+def gradients(model, parameters, batch, accumulate, stop):
     """Set each p.grad to that of the mean loss over the batch's labels.
 
     Each process takes its share of the rows, in `accumulate` parts, and all get the sum.
@@ -97,7 +112,7 @@ def gradients(loss_of, model, parameters, batch, accumulate, stop):
     count = (labels != IGNORE).sum().item()
     total = torch.zeros((), device=device)
     for part_ids, part_labels in split_rows(ids, labels, processes * accumulate)[rank::processes]:
-        loss = loss_of(model, part_ids.to(device), part_labels.to(device)) / count
+        loss = summed_loss(model, part_ids.to(device), part_labels.to(device)) / count
         loss.backward()
         total = total + loss.detach()
     if processes > 1:
@@ -227,7 +242,6 @@ def train(
         first = state["step"]
         seconds = state["seconds"]
         say(f"{label}: going on from step {first} of {state_path}")
-    loss_of = torch.compile(summed_loss) if plan.compile else summed_loss
     progress = Progress(label, plan.steps, seconds)
     tokens = 0
     if device.type == "cuda":
@@ -237,9 +251,7 @@ def train(
         for step in range(first, plan.steps):
             torch.manual_seed(seeded(plan.seed, step, "dropout").initial_seed())
             batch = batches(step)
-            loss, stop = gradients(
-                loss_of, model, parameters, batch, plan.accumulate, interrupts.heard
-            )
+            loss, stop = gradients(model, parameters, batch, plan.accumulate, interrupts.heard)
             tokens += batch[0].numel()
             if plan.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, plan.clip_norm)

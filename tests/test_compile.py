@@ -1,6 +1,8 @@
 """The compile switch: hyplora.hyplora_update compiled once, for all eager layers of a shape."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,24 @@ def test_generation_needs_two_and_never_one_for_a_length(switched):
             model(tokens(2, length))
             model(tokens(3, 1))
     assert switched.frame_count == 8
+
+
+def test_the_lines_of_the_readme_are_that_switch(monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
+    monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (lines,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):
+        exec(lines, {"torch": torch})
+        model = adapted()
+        for batch, length in ((2, 5), (3, 12), (2, 512)):
+            model(tokens(batch, length)).sum().backward()
+        assert torch._dynamo.config.recompile_limit == 64
+    assert counter.frame_count == 4
+    torch._dynamo.reset()
 
 
 def test_more_layers_need_no_more_graphs(switched):
