@@ -134,7 +134,9 @@ def stop_and_resume(runs, count, shard, fewer):
         resumed, _ = runs.run(copy.name, number, shard, LONG, "--resume")
         apart = difference(resumed, straight)
         same = all(torch.equal(resumed[name], straight[name]) for name in straight)
-        good = good and (same if number == count else apart < 10 * TOLERANCE)
+        good = good and apart < TOLERANCE
+        if runs.device == "cpu" and number == count:  # A GPU may add in another order each time.
+            good = good and same
         words = "equal, bit for bit" if same else f"{apart:.1e}"
         rows.append(f"| {count} | {name_of(shard)} | {step} of {LONG} | {number} | {words} |")
     return rows, good
