@@ -17,10 +17,12 @@ pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 from benchmarks.agree import Runs, difference, loss_difference
 from benchmarks.kill_and_resume import TORCHRUN, prepare
+from benchmarks.large_checkpoint import RECORDS, write_large_checkpoint, write_records
 from benchmarks.processes import RANK, SHAPES, STEP, TARGETS
 from hyplora import hyplora_parameters, inject_hyplora
-from scaling.checkpoint import DEFAULTS, build_config
+from scaling.checkpoint import DEFAULTS, build_config, from_checkpoint
 from scaling.decoder import Decoder
+from scaling.records import Tokens, read_records
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -93,6 +95,18 @@ def test_the_shapes_have_the_sizes_of_the_published_models(shape, billions):
         model.model.layers
     )
     assert STEP.keys() == SHAPES.keys()
+
+
+def test_a_large_checkpoint_has_a_file_for_each_block_and_records_for_the_context(tmp_path):
+    write_large_checkpoint(tmp_path, "toy", "cpu")
+    write_records(tmp_path / "records.json")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+    model = from_checkpoint(str(tmp_path), torch.bfloat16, torch.device("cpu"))
+    assert bool(model(torch.arange(8)[None]).isfinite().all())
+    records = read_records(str(tmp_path / "records.json"), Tokens(str(tmp_path)))
+    lengths = {len(record.prompt_ids + record.target_ids) for record in records}
+    assert len(records) == RECORDS
+    assert 900 < min(lengths) <= max(lengths) <= 1024
 
 
 def test_differences_are_relative_and_the_largest():
