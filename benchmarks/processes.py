@@ -207,7 +207,7 @@ class Table:
             speed, gpu, host = result
             if layout == "one":
                 self.alone[name] = speed
-            times = "| |"
+            times = "| | |"
             if name in self.alone:
                 ratio = speed / self.alone[name]
                 times = f"| {ratio:.2f} | {ratio / processes:.2f} |"

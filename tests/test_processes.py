@@ -18,7 +18,7 @@ pytest.importorskip("tokenizers", reason="pip install tokenizers")
 from benchmarks.agree import Runs, difference, loss_difference
 from benchmarks.kill_and_resume import TORCHRUN, prepare
 from benchmarks.large_checkpoint import RECORDS, write_large_checkpoint, write_records
-from benchmarks.processes import RANK, SHAPES, STEP, TARGETS
+from benchmarks.processes import RANK, SHAPES, STEP, TARGETS, Table
 from hyplora import hyplora_parameters, inject_hyplora
 from scaling.checkpoint import DEFAULTS, build_config, from_checkpoint
 from scaling.decoder import Decoder
@@ -51,6 +51,14 @@ def test_the_table_has_a_row_of_each_adapter_and_layout():
         speed, over_one, of_linear = (float(cell.replace(",", "")) for cell in row[3:6])
         assert speed > 0
         assert over_one == pytest.approx(int(row[2]) * of_linear, abs=0.02)
+
+
+def test_a_row_has_all_cells_also_without_one_process_and_after_an_error():
+    table = Table("title", "command", "notes", dry_run=True)
+    table.add("HypLoRA", "sharded", 8, (1000.0, 20.0, 3.0))
+    table.add("our LoRA", "one", 1, "out of memory")
+    table.add("HypLoRA", "one", 1, (200.0, 0, 3.0))
+    assert {line.count("|") for line in table.lines} == {9}
 
 
 SHARDED = """
