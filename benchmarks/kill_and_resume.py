@@ -20,6 +20,7 @@ from benchmarks.small_checkpoint import write_small_checkpoint, write_sums
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = "--batch-size 8 --adapter hyplora --dropout 0.1 --save-every 5 --device cpu"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 BEGUN = "training: "  # The line that a run prints once all is read and loaded.
 
 
@@ -29,8 +30,11 @@ def prepare(folder):
     write_sums(Path(folder, "sums.json"))
 
 
-def command(folder, out, steps, *more):
+def command(folder, out, steps, *more, processes=1):
     """The command line of a run on what prepare(folder) wrote."""
+    program = [sys.executable, "-W", "ignore"]
+    if processes > 1:
+        program += [*TORCHRUN, str(processes)]
     arguments = [
         "--checkpoint",
         str(Path(folder, "model")),
@@ -38,7 +42,7 @@ def command(folder, out, steps, *more):
         str(Path(folder, "sums.json")),
     ]
     arguments += [*OPTIONS.split(), "--steps", str(steps), "--out", str(out), *more]
-    return [sys.executable, "-W", "ignore", "-m", "scaling.finetune", *arguments]
+    return [*program, "-m", "scaling.finetune", *arguments]
 
 
 def run(arguments):

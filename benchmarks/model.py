@@ -9,7 +9,6 @@ RESULTS.md as soon as it is finished, and a contender that fails is a row that s
     python -m benchmarks.model --shape toy 135m                   # on the CPU: minutes
     python -m benchmarks.model --shape 135m 1.5b 7b               # on a GPU
     python -m benchmarks.model --scale                            # one table over all sizes
-    torchrun --nproc-per-node 2 -m benchmarks.model --shape 7b --parallel replicated
 
 Needs transformers and peft: pip install -r tests/requirements.txt
 """
@@ -18,7 +17,6 @@ import argparse
 import copy
 import gc
 import math
-import os
 import statistics
 import time
 import warnings
@@ -32,7 +30,7 @@ import torch.nn.functional as F
 import hyplora
 from benchmarks.authors import authors_update, simplified_update
 from benchmarks.report import machine, ratio, stamp, write_section
-from hyplora import HypLoRALinear, hyplora_parameters, inject_hyplora
+from hyplora import HypLoRALinear, inject_hyplora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BASELINE = "PEFT LoRA"
@@ -558,111 +556,6 @@ def scale_table(args):
     return "\n".join(lines)
 
 
-# --- Two processes ------------------------------------------------------------------------------
-
-
-def average_gradients(parameters):
-    """What DistributedDataParallel does, in one message."""
-    gradients = [p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def shard(model, parameters):
-    """FSDP2 shards the frozen base, block by block; the adapters stay whole in each process."""
-    from torch.distributed.fsdp import fully_shard
-
-    ignored = set(parameters)
-    for module in list(model.modules()):
-        if type(module).__name__.endswith("DecoderLayer"):
-            fully_shard(module, ignored_params=ignored)
-    fully_shard(model, ignored_params=ignored)
-
-
-def train_speed(name, shape, ids, steps, parallel, device):
-    """(tokens/s of this process, peak GiB of this process); parallel is None for one process."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build(SHAPES[shape], device, dtype)
-    CONTENDERS[name](model, RANK)
-    parameters = [p for group in hyplora_parameters(model) for p in group["params"]]
-    if parallel == "sharded":
-        shard(model, parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device == "cuda")
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(3 + steps):
-        wait(device)
-        start = time.perf_counter()
-        next_token_loss(model, ids).backward()
-        if parallel is not None:
-            average_gradients(parameters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        wait(device)
-        times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else math.nan
-    return ids.numel() / statistics.median(times[3:]), peak
-
-
-def processes(shape, args):
-    """Tokens/s of one process, then of all of them together."""
-    import torch.distributed as dist
-
-    device = args.device
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    if "RANK" not in os.environ:
-        raise SystemExit("start this with: torchrun --nproc-per-node 2 -m benchmarks.model ...")
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    world = dist.get_world_size()
-    first = dist.get_rank() == 0
-    batch, length = STEP[shape, device]
-    size = (args.batch or batch, args.length or length)
-    torch.manual_seed(dist.get_rank())
-    ids = torch.randint(0, SHAPES[shape][6], size, device=device)
-    lines = [
-        "| | processes | tokens/s | over one process | peak GiB of each |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name in ("our LoRA", "HypLoRA"):
-        alone = None
-        for count in (1, world):
-            if count == 1 and world > 1 and not first:
-                dist.barrier()
-                continue
-            parallel = None if count == 1 else args.parallel
-            failed = {}
-            result = attempt(
-                lambda: train_speed(name, shape, ids, args.rounds, parallel, device),
-                failed,
-                name,
-                device,
-            )
-            clean(device)
-            if count == 1 and world > 1:
-                dist.barrier()
-            if result is None:
-                lines.append(f"| {name} | {count} | {failed[name]} | | |")
-                continue
-            speed = count * result[0]
-            alone = alone or speed
-            lines.append(
-                f"| {name} | {count} | {speed:,.0f} | {speed / alone:.2f} | {result[1]:.2f} |"
-            )
-            if first:
-                say(lines[-1])
-    if first:
-        args.words = ["(torchrun)", *args.words]
-        title = f"{shape}, {args.parallel}, {size[0]} x {size[1]} tokens a process"
-        publish(f"{title}: {machine(device)}", "\n".join(lines), args)
-    dist.destroy_process_group()
-
-
 def main():
     import sys
 
@@ -672,7 +565,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders")
     parser.add_argument("--without", nargs="+", default=[], help="leave these contenders out")
     parser.add_argument("--scale", action="store_true", help="the table over sizes")
-    parser.add_argument("--parallel", choices=["replicated", "sharded"])
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--rounds", type=int, default=9)
@@ -690,11 +582,8 @@ def main():
         torch._dynamo.config.force_parameter_static_shapes = False
         torch.fx.experimental._config.use_duck_shape = False
     for shape in args.shape:
-        if args.parallel:
-            processes(shape, args)
-        else:
-            attempt(lambda: whole_model(shape, args), {}, shape, args.device)
-            clean(args.device)
+        attempt(lambda: whole_model(shape, args), {}, shape, args.device)
+        clean(args.device)
     if args.scale:
         publish(f"The cost of scale, four blocks: {machine(args.device)}", scale_table(args), args)
 

@@ -449,16 +449,25 @@ def shard(model, device):
     model.sharded = True
 
 
+def empty_decoder(config, dtype, device, sharded=False):
+    """A frozen Decoder on the device whose weights are not set yet: whoever calls this fills them.
+
+    It is sharded before any weight takes memory, so that no process ever holds the whole model.
+    """
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype).requires_grad_(False)
+    if sharded:
+        shard(model, device)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty has parted the head from the embedding.
+    return model
+
+
 def from_checkpoint(folder, dtype, device, sharded=False):
     """The folder's model, frozen, on the device; sharded before any weight takes memory.
 
     dtype: a torch.dtype. Raises what read_config and load_checkpoint raise.
     """
-    with torch.device("meta"):
-        model = Decoder(read_config(folder)).to(dtype).requires_grad_(False)
-    if sharded:
-        shard(model, device)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty has parted the head from the embedding.
+    model = empty_decoder(read_config(folder), dtype, device, sharded)
     load_checkpoint(model, folder)
     return model

@@ -125,10 +125,17 @@ def gradients(model, parameters, batch, accumulate, stop):
     return total, stop
 
 
+def seed_dropout(plan, step):
+    """Seed what is random in a step: each process drops other elements of its own rows."""
+    rank = rank_and_count()[0]
+    torch.manual_seed(seeded(plan.seed, step, "dropout", rank).initial_seed())
+
+
 class Interrupts:
     """While this context lasts, Ctrl-C and SIGTERM only set `heard`, to be read after a step.
 
-    A second one acts at once, as it would without this.
+    A second Ctrl-C acts at once, as it would without this. A second SIGTERM does not: a scheduler
+    sends one to every process, and torchrun sends another to each of its own.
     """
 
     def __init__(self):
@@ -142,15 +149,12 @@ class Interrupts:
 
     def hear(self, number, frame):
         self.heard = True
-        self.restore()
-
-    def restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers.clear()
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])
 
     def __exit__(self, *error):
-        self.restore()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def check_finite(loss, parameters, where, state_path):
@@ -249,7 +253,7 @@ def train(
     model.train()
     with Interrupts() as interrupts:
         for step in range(first, plan.steps):
-            torch.manual_seed(seeded(plan.seed, step, "dropout").initial_seed())
+            seed_dropout(plan, step)
             batch = batches(step)
             loss, stop = gradients(model, parameters, batch, plan.accumulate, interrupts.heard)
             tokens += batch[0].numel()

@@ -142,7 +142,7 @@ def test_two_trainings_have_two_adapters(work):
     assert finetune.main([*argv, "--accumulate", "2"])[1]["path"] in paths  # the same training
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("shard", [[], ["--shard", "--recompute"]], ids=["replicated", "sharded"])
 def test_two_processes_give_the_adapters_and_losses_of_one(shard, work):
     """Sums are taken in another order: 1e-4 of a tensor's norm after ten steps."""
     test = str(write_sums(work / "test.json", count=5))
@@ -168,6 +168,31 @@ def test_two_processes_give_the_adapters_and_losses_of_one(shard, work):
         *TWO, "-m", "scaling.finetune", *options(work, "two", *more)
     )
     assert "going on from step 10" in run("-m", "scaling.finetune", *options(work, "two", *more))
+
+
+def test_a_second_ctrl_c_acts_at_once_and_a_second_sigterm_does_not():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with training.Interrupts() as interrupts:
+        assert not interrupts.heard
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupts.heard
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_each_process_and_step_drops_other_elements(monkeypatch):
+    plan = training.Plan(steps=2, lr=1.0, warmup=1, seed=0)
+
+    def drawn(rank, step):
+        monkeypatch.setattr(training, "rank_and_count", lambda: (rank, 2))
+        training.seed_dropout(plan, step)
+        return torch.rand(3).tolist()
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert drawn(0, 0) != drawn(1, 0) != drawn(1, 1)
 
 
 ELSEWHERE = """
