@@ -172,20 +172,20 @@ def loss_of(model, sums):
 
 def train(model, parameters, task, steps, batch_size, lr, seed, label):
     """AdamW with a short warm-up and a linear decay to 0. Returns the seconds that it took."""
-    device = next(model.parameters()).device
     pairs = pairs_of_numbers(held_out=False)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, (steps - step) / max(1, steps))
     )
     start = time.perf_counter()
     for step in range(1, steps + 1):
         chosen = torch.randint(len(pairs), (batch_size,), generator=generator)
-        sums = make_sums(task, pairs[chosen], generator).to(device)
-        loss = loss_of(model, sums)
+        loss = loss_of(model, make_sums(task, pairs[chosen], generator).to(trained[0].device))
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % max(1, steps // 5) == 0:
@@ -262,9 +262,9 @@ def parse_arguments(argv):
     add("--no-calibrate", action="store_true", help="do not fit K to the model")
     add("--rank", type=int, default=8, help="of the adapters")
     add("--alpha", type=float, default=16.0, help="the updates are scaled by alpha / rank")
-    add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")
-    add("--steps", type=int, default=360, help="training steps of an adapter")
-    add("--base-steps", type=int, default=550, help="training steps of the base")
+    add("--lr", type=float, default=6e-3, help="peak learning rate of the adapters")
+    add("--steps", type=int, default=500, help="training steps of an adapter")
+    add("--base-steps", type=int, default=700, help="training steps of the base")
     add("--batch-size", type=int, default=64, help="sums in a step of an adapter")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
     add("--width", type=int, default=64, help="of the GPT")

@@ -87,9 +87,10 @@ def test_the_lines_of_the_readme_are_that_switch(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (lines,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    lines = re.findall(r"`((?:hyplora|torch)\.[^`]* = [^`]*)`", readme)
+    assert len(lines) == 2
     with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):
-        exec(lines, {"torch": torch})
+        exec("\n".join(lines), {"torch": torch, "hyplora": hyplora})
         model = adapted()
         for batch, length in ((2, 5), (3, 12), (2, 512)):
             model(tokens(batch, length)).sum().backward()
