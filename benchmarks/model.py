@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import hyplora
 from benchmarks.authors import authors_update, simplified_update
-from benchmarks.report import machine, ratio, stamp, write_section
+from benchmarks.report import machine, ratio, reason, stamp, write_section
 from hyplora import HypLoRALinear, inject_hyplora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -245,13 +245,6 @@ def clean(device):
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def reason(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = f"{type(error).__name__}: {error}".replace("|", "/")
-    return " ".join(text.split())[:120]
 
 
 def attempt(action, failed, name, device):

@@ -23,7 +23,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import machine, stamp, write_section
+from benchmarks.report import machine, reason, stamp, write_section
 from hyplora import calibrate_curvature, hyplora_parameters, inject_hyplora, remove_hyplora
 from scaling.checkpoint import DEFAULTS, build_config, empty_decoder
 from scaling.decoder import Decoder
@@ -217,13 +217,6 @@ class Table:
         if not self.dry_run:
             lines = "\n".join(self.lines)
             write_section(self.title, f"{stamp(self.command)}\n\n{self.notes}\n\n{lines}")
-
-
-def reason(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = f"{type(error).__name__}: {error}".replace("|", "/")
-    return " ".join(text.split())[:120]
 
 
 def fill(table, layout, config, dtype, device, args):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the name of a machine, ratios of rounds, sections of RESULTS.md."""
+"""What the benchmarks share: the name of a machine, ratios, reasons, sections of RESULTS.md."""
 
 import datetime
 import platform
@@ -33,6 +33,14 @@ def ratio(seconds, baseline):
     low = ratios[len(ratios) // 4]
     high = ratios[-1 - len(ratios) // 4]
     return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+
+
+def reason(error):
+    """Why there is no figure, in the words of a table's cell."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = f"{type(error).__name__}: {error}".replace("|", "/")
+    return " ".join(text.split())[:120]
 
 
 def write_beside(path, text):

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benchmarks.report import machine, ratio, stamp, write_section
+from benchmarks.report import machine, ratio, reason, stamp, write_section
 from hyplora import HypLoRALinear, hyplora_reference
 
 HEAD = """| width, rank, tokens, dtype | | | microseconds | ratio | MB kept |
@@ -219,7 +219,7 @@ def rows(device, rounds):
         try:
             results = measure(layers, tokens, dtype, backward, mode, device, rounds)
         except RuntimeError as error:  # The capture of a graph fails on some machines.
-            yield f"| {case} | {what} | {str(error).splitlines()[0]} | | | |"
+            yield f"| {case} | {what} | {reason(error)} | | | |"
             continue
         for name, (seconds, kept) in results.items():
             micro = 1e6 * statistics.median(seconds)

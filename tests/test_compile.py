@@ -80,23 +80,18 @@ def test_generation_needs_two_and_never_one_for_a_length(switched):
     assert switched.frame_count == 8
 
 
-def test_the_lines_of_the_readme_are_that_switch(monkeypatch):
-    torch._dynamo.reset()
+def test_the_lines_of_the_readme_are_that_switch(compile_with):
     counter = CompileCounterWithBackend("aot_eager")
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
-    monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
+    compile_with(counter)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     lines = re.findall(r"`((?:hyplora|torch)\.[^`]* = [^`]*)`", readme)
     assert len(lines) == 2
-    with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):
-        exec("\n".join(lines), {"torch": torch, "hyplora": hyplora})
-        model = adapted()
-        for batch, length in ((2, 5), (3, 12), (2, 512)):
-            model(tokens(batch, length)).sum().backward()
-        assert torch._dynamo.config.recompile_limit == 64
+    exec("\n".join(lines), {"torch": torch, "hyplora": hyplora})
+    model = adapted()
+    for batch, length in ((2, 5), (3, 12), (2, 512)):
+        model(tokens(batch, length)).sum().backward()
+    assert torch._dynamo.config.recompile_limit == 64
     assert counter.frame_count == 4
-    torch._dynamo.reset()
 
 
 def test_more_layers_need_no_more_graphs(switched):

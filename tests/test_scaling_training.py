@@ -232,21 +232,6 @@ def test_processes_need_no_shared_disk(work):
     assert not list((work / "empty").iterdir())
 
 
-@pytest.fixture
-def compile_with(monkeypatch):
-    """A function that sets torch.compile's backend; what --compile sets is undone at the end."""
-    compiler = torch.compile
-
-    def use(backend):
-        torch._dynamo.reset()
-        monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
-        monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
-
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield use
-    torch._dynamo.reset()
-
-
 def close(got, want):
     return all((got[name] - tensor).norm() < 1e-4 * tensor.norm() for name, tensor in want.items())
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import hyplora
 import train_minimal
 
 ROOT = Path(__file__).parent.parent
@@ -95,20 +94,10 @@ def adapters(folder):
     return torch.load(folder / "subtract-HypLoRA-0.5-0.pt", weights_only=True)["tensors"]
 
 
-@pytest.fixture
-def counter(monkeypatch):
-    """A backend that counts its graphs and compiles nothing to machine code, which takes long."""
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
-    monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield backend
-    torch._dynamo.reset()
-
-
-def test_compiled_it_learns_the_same_with_no_graph_for_another_batch_size(tmp_path, counter):
+def test_compiled_it_learns_the_same_with_no_graph_for_another_batch_size(tmp_path, compile_with):
+    # This backend counts its graphs and compiles nothing to machine code, which takes long.
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_with(counter)
     argv = [*SMALL, "--batch-size", "12"]
     train_minimal.main([*argv, "--out", str(tmp_path / "eager")])
     assert counter.frame_count == 0
