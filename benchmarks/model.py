@@ -384,7 +384,8 @@ def generate(model, ids, tokens, device):
 def graph_of_a_token(model, ids):
     """A CUDA graph of the step that reads one token after the prompt: its kernels, without a host.
 
-    The cache's own tensors stay as they are, since a step puts longer ones into its copy.
+    Returns (graph, the cache that it reads), as the cache must live while the graph is replayed.
+    Its tensors stay as they are, since a step puts longer ones into its copy.
     """
     cache = model(input_ids=ids, use_cache=True).past_key_values
     kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -397,7 +398,7 @@ def graph_of_a_token(model, ids):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph
+    return graph, cache
 
 
 def graph_seconds(contenders, ids, device, rounds, tokens):
@@ -407,16 +408,16 @@ def graph_seconds(contenders, ids, device, rounds, tokens):
     graphs = {}
     for name, contender in contenders.items():
         contender.turn_on()
-        graph = attempt(lambda: graph_of_a_token(contender.model, ids), {}, name, device)
-        if graph is not None:
-            graphs[name] = graph
+        made = attempt(lambda: graph_of_a_token(contender.model, ids), {}, name, device)
+        if made is not None:
+            graphs[name] = made
 
     def replay(graph):
         for _ in range(tokens):
             graph.replay()
 
     calls = {}
-    for name, graph in graphs.items():
+    for name, (graph, _) in graphs.items():
         calls[name] = lambda graph=graph: replay(graph)
     return in_turns(calls, device, rounds, 2, lambda name: None)[0]
 
