@@ -125,23 +125,31 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     """
     if x.dtype == torch.float16:
         x = x.float()  # Numbers on the way can be larger than 65504, where float16 ends.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if not isinstance(K, torch.Tensor):
-        K = torch.tensor(K, dtype=wide, device=x.device)
-
-    # BAx = Bh is as long as the square root of h^T (B^T B) h, which needs only the short vector h.
     h = F.linear(x, A.to(x.dtype))
+    with_backward = torch.is_grad_enabled() or torch.jit.is_tracing()  # A trace serves both.
+    if not with_backward:
+        lora = F.linear(h, B.to(x.dtype))
+        phi = _phi(_squared_length(x), _squared_length(lora), K, max_radius)
+        return phi.to(x.dtype) * lora
+
+    # The backward pass would need BAx for its length. But BAx = Bh is as long as the square root
+    # of h^T (B^T B) h, which needs only the short vector h.
+    wide = torch.promote_types(x.dtype, torch.float32)
     wide_h = h.to(wide)
     wide_B = B.to(wide)
     G = wide_B.T @ wide_B
     lora_squared = (wide_h @ G * wide_h).sum(dim=-1, keepdim=True)
-    both = torch.cat([_squared_length(x), lora_squared], dim=-1)
-    r, lora_r = _radius(both, K).chunk(2, dim=-1)
+    phi = _phi(_squared_length(x), lora_squared, K, max_radius)
+    return F.linear((phi * wide_h).to(x.dtype), B.to(x.dtype))
 
-    # sinh r' = g sinh r
+
+def _phi(x_squared, lora_squared, K, max_radius):
+    """The law of sinh: phi = |update| / |BAx|, from |x|^2 and |BAx|^2."""
+    both = torch.cat([x_squared, lora_squared], dim=-1)
+    r, lora_r = _radius(both, K).chunk(2, dim=-1)
     gain = lora_r / r
-    new_r = torch.asinh(gain * torch.sinh(_bounded(r, 0, max_radius)))
-    return F.linear((new_r / lora_r * wide_h).to(x.dtype), B.to(x.dtype))
+    new_r = torch.asinh(gain * torch.sinh(_bounded(r, 0, max_radius)))  # sinh r' = g sinh r
+    return new_r / lora_r
 
 
 # --- The layer ----------------------------------------------------------------------------------
