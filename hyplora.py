@@ -422,28 +422,41 @@ def remove_hyplora(model):
 
 
 @torch.no_grad()
-def _over_tokens(model, measure, args, kwargs):
-    """Run the model once in eval mode. Returns {name: measure(layer, x)} over all tokens x."""
+def hyplora_statistics(model, *args, **kwargs):
+    """What the adapters do to the tokens x of model(*args, **kwargs), which runs once in eval mode.
+
+    Returns {name: {"square": |x|^2, "radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| /
+    |BAx|, "phi_spread": phi's standard deviation}}, means over tokens, of the layers that saw any.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. (While B is 0, phi means
+    nothing and is 1.)
+    """
     layers = _named_modules(model, HypLoRALinear)
     _require(layers, "this model has no adapters; inject_hyplora(model, targets) adds them")
-    parts = {layer: [] for layer in layers.values()}
+    seen = {layer: [] for layer in layers.values()}
 
     def look(layer, inputs):
         if inputs[0].any():
             x = inputs[0].float().reshape(-1, layer.in_features)
-            parts[layer].append(measure(layer, x))
+            lora = F.linear(F.linear(x, layer.lora_A.float()), layer.lora_B.float())
+            update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, layer.max_radius)
+            n, m, new_n = [_radius(_squared_length(v), 1) for v in (x, lora, update)]
+            numbers = [_squared_length(x), n / layer.K.sqrt(), m / n, new_n / m]
+            seen[layer].append(torch.cat(numbers, dim=-1))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.compiler.set_stance("force_eager"):  # Compiled code would pass the hooks by.
-            model.eval()(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return {name: torch.cat(parts[layer]) for name, layer in layers.items() if parts[layer]}
+    with contextlib.ExitStack() as stack:  # When it ends, it undoes what is entered into it.
+        for layer in seen:
+            stack.enter_context(layer.register_forward_pre_hook(look))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # Compiled code has no hooks.
+        model.eval()(*args, **kwargs)
+
+    result = {}
+    for name in [name for name, layer in layers.items() if seen[layer]]:
+        tokens = torch.cat(seen[layers[name]])
+        means = zip(("square", "radius", "gain", "phi"), tokens.mean(dim=0).tolist())
+        result[name] = dict(means, phi_spread=tokens[:, 3].std(correction=0).item())
+    return result
 
 
 def calibrate_curvature(model, *args, **kwargs):
@@ -454,36 +467,15 @@ def calibrate_curvature(model, *args, **kwargs):
     layer that saw one. Returns {name: K} of these. Raises ValueError, with every K as it was, if a
     length is not finite.
     """
-    layers = _named_modules(model, HypLoRALinear)
     with disable_hyplora(model):
-        squares = _over_tokens(model, lambda layer, x: _squared_length(x), args, kwargs)
-    means = {name: square.mean(dim=0) for name, square in squares.items()}
-    logs = {name: (mean / layers[name].in_features).log() for name, mean in means.items()}
-    owned = {f"{name}.lora_K": layers[name].lora_K for name in logs}
-    _fill(owned, {f"{name}.lora_K": log for name, log in logs.items()})
-    return {name: layers[name].curvature * mean.item() for name, mean in means.items()}
-
-
-def hyplora_statistics(model, *args, **kwargs):
-    """What the adapters do to the tokens of model(*args, **kwargs), which runs once in eval mode.
-
-    Returns {name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|,
-    "phi_spread": phi's standard deviation}}, means over tokens. Where the spread is near 0, HypLoRA
-    is LoRA with alpha times phi. (While B is 0, phi means nothing and is 1.)
-    """
-
-    def effect(layer, x):
-        lora = F.linear(F.linear(x, layer.lora_A.float()), layer.lora_B.float())
-        update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, layer.max_radius)
-        n, m, new_n = [_radius(_squared_length(v), 1) for v in (x, lora, update)]
-        return torch.cat([n / layer.K.sqrt(), m / n, new_n / m], dim=-1)
-
-    result = {}
-    for name, tokens in _over_tokens(model, effect, args, kwargs).items():
-        radius, gain, phi = tokens.mean(dim=0).tolist()
-        spread = tokens[:, 2].std(correction=0).item()
-        result[name] = dict(radius=radius, gain=gain, phi=phi, phi_spread=spread)
-    return result
+        seen = hyplora_statistics(model, *args, **kwargs)
+    layers = _named_modules(model, HypLoRALinear)
+    tensors = hyplora_state_dict(model)
+    for name in seen:
+        ratio = seen[name]["square"] / layers[name].in_features
+        tensors[f"{name}.lora_K"] = torch.tensor([ratio]).log()
+    set_hyplora_state_dict(model, tensors)
+    return {name: layers[name].curvature * seen[name]["square"] for name in seen}
 
 
 # --- Saving the adapters alone, a few MB --------------------------------------------------------

@@ -279,6 +279,7 @@ def test_statistics_are_those_of_a_direct_computation():
     lora = (x @ layer.lora_A.T @ layer.lora_B.T).norm(dim=-1)
     update = hyplora_reference(x, layer.lora_A, layer.lora_B, layer.K).norm(dim=-1)
     expected = {
+        "square": x.square().sum(dim=-1).mean().item(),
         "radius": (x.norm(dim=-1) / layer.K.sqrt()).mean().item(),
         "gain": (lora / x.norm(dim=-1)).mean().item(),
         "phi": (update / lora).mean().item(),
