@@ -33,7 +33,6 @@ import warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
 
 # --- Geometry -----------------------------------------------------------------------------------
 #
@@ -306,8 +305,7 @@ def _features(module):
 
 def _named_modules(model, kind=nn.Module):
     """{name: module}, with names as they are without compilation, DDP or averaging around them."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+    while list(model._modules) in (["module"], ["_orig_mod"]):
         model = next(model.children())
     marks = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     return {re.sub(marks, "", n): m for n, m in model.named_modules() if isinstance(m, kind)}
