@@ -269,8 +269,6 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
 
 # That was the method. The rest of this section is what it calls.
 
-OUTPUT_HEADS = ("lm_head", "embed_out", "head", "score", "classifier")
-
 
 def _require(fits, message):
     if not fits:
@@ -335,9 +333,9 @@ def _find_linears(model, targets, also):
     _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
     left_out = {inner for module in also.values() for inner in module.modules()}
     if targets == "all-linear":
-        found = {name: m for name, m in modules.items() if _features(m)}
-        heads = [m for name, m in modules.items() if name.rpartition(".")[2] in OUTPUT_HEADS]
-        left_out.update(inner for head in heads for inner in head.modules())
+        heads = {"lm_head", "embed_out", "head", "score", "classifier"}
+        bodies = {name: m for name, m in modules.items() if heads.isdisjoint(name.split("."))}
+        found = {name: m for name, m in bodies.items() if _features(m)}
         if hasattr(model, "get_output_embeddings"):
             left_out.add(model.get_output_embeddings())
     else:
