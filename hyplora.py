@@ -314,15 +314,14 @@ def _find(model, endings, fits):
     is_list = isinstance(endings, (list, tuple, set))
     _require(is_list, f'expected "all-linear" or a list of name endings, got {endings!r}')
     modules = _named_modules(model)
-    fitting = {name: m for name, m in modules.items() if fits(m)}
-    linears = {name.rpartition(".")[2] for name, m in modules.items() if _features(m)}
+    linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _features(m)})
     for ending in endings:
-        named = {name for name in modules if f".{name}".endswith(f".{ending}")}
-        kinds = ", ".join({type(modules[name]).__name__ for name in named}) or "nothing"
-        message = f"{ending!r} names {kinds}; linear layers here: {', '.join(sorted(linears))}"
-        _require(named & fitting.keys(), message)
+        named = [m for name, m in modules.items() if f".{name}".endswith(f".{ending}")]
+        kinds = ", ".join({type(m).__name__ for m in named}) or "nothing"
+        message = f"{ending!r} names {kinds}; linear layers here: {', '.join(linears)}"
+        _require(any(fits(m) for m in named), message)
     suffixes = tuple(f".{ending}" for ending in endings)
-    return {name: m for name, m in fitting.items() if f".{name}".endswith(suffixes)}
+    return {name: m for name, m in modules.items() if fits(m) and f".{name}".endswith(suffixes)}
 
 
 def _find_linears(model, targets, also):
