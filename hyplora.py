@@ -281,8 +281,7 @@ def _check(base, rank, dropout, learn_curvature, **positive):
     _require(_features(base)[0], "a lazy linear layer has no shape yet: run the model once first")
     offloaded = hasattr(base, "_hf_hook") and any(p.is_meta for p in base.parameters())
     _require(not offloaded, "the layer's weights are offloaded: load the model on one device")
-    whole = type(rank) is int and rank > 0
-    _require(whole, f"rank must be a positive whole number, got {rank!r}")
+    _require(type(rank) is int and rank > 0, f"rank must be a positive whole number, got {rank!r}")
     share = type(dropout) in (int, float) and 0 <= dropout < 1
     _require(share, f"dropout must be from 0 to below 1, got {dropout!r}")
     for name, value in positive.items():
