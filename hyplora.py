@@ -354,12 +354,12 @@ def _find_linears(model, targets, also):
             left_out.add(layer)
     found = {name: m for name, m in found.items() if m not in left_out}
     _require(found, "no linear layer is left to adapt, without heads, train_also, and the like")
-    _require("" not in found, "the model is the layer itself: wrap it with HypLoRALinear(model)")
     return found
 
 
 def _put_in_place(model, layers, also):
     """Freeze the model, then put the layers around their bases wherever these stand."""
+    _require("" not in layers, "the model is the layer itself: wrap it with HypLoRALinear(model)")
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in layers.values()})
     for module in also.values():
@@ -568,8 +568,7 @@ def load_hyplora(model, path):
             content = torch.load(file, map_location="cpu", weights_only=True)
             _require(content["hyplora"] == 2, "another version wrote it")
             for name, options in content["layers"].items():
-                here = name and name in modules if bare else name in layers
-                _require(here, f"{name} is not here to be adapted")
+                _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
                 if bare:
                     layers[name] = HypLoRALinear(modules[name], **options)
                 for key in ("rank", "alpha", "curvature", "max_radius"):

@@ -80,9 +80,15 @@ def test_a_model_with_adapters_is_refused():
         HypLoRALinear(model.shared)
 
 
-def test_a_model_that_is_the_layer_itself_or_has_none():
+def test_a_model_that_is_the_layer_itself_or_has_none(tmp_path):
     with pytest.raises(ValueError, match="wrap it with HypLoRALinear"):
         inject_hyplora(nn.Linear(7, 6), "all-linear")
+    layer = HypLoRALinear(nn.Linear(7, 6))
+    nn.init.normal_(layer.lora_B)
+    save_hyplora(layer, tmp_path / "layer.pt")
+    assert load_hyplora(layer, tmp_path / "layer.pt") == [""]
+    with pytest.raises(ValueError, match="wrap it with HypLoRALinear"):
+        load_hyplora(nn.Linear(7, 6), tmp_path / "layer.pt")
     with pytest.raises(ValueError, match="no linear layer"):
         inject_hyplora(nn.Sequential(nn.ReLU()), "all-linear")
     with pytest.raises(ValueError, match="inject_hyplora"):
