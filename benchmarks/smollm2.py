@@ -493,6 +493,8 @@ def main(arguments=None):
             except ImportError as error:
                 print(f"No check against PEFT: {error}", flush=True)
         about["stamp"] = stamp("python -m benchmarks.smollm2")
+        if args.accuracy:
+            about["accuracy"] = dict(questions=args.accuracy, new_tokens=args.new_tokens)
         work(lab, results, args, begun)
         write_beside(args.results, json.dumps(results))
     page = tables.page(results)

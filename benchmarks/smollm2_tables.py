@@ -100,7 +100,10 @@ def accuracy_table(found, baseline):
     keys = [k for k in keys if any(k in r for f in found.values() for r in f.values())]
     lines = []
     for name, results in found.items():
-        cells = [name]
+        seeds = [seed for seed, result in results.items() if any(key in result for key in keys)]
+        if not seeds:
+            continue
+        cells = [name, str(len(seeds))]
         for key in keys:
             has = {seed: result for seed, result in results.items() if key in result}
             others = {seed: r for seed, r in found.get(baseline, {}).items() if key in r}
@@ -111,10 +114,26 @@ def accuracy_table(found, baseline):
             cells.append(with_spread(mean, half, ".1f"))
             cells.append("-" if name == baseline else difference(has, others, key, scale=1))
         lines.append(cells)
-    header = ["% right"]
+    header = ["% right", "seeds"]
     for key in keys:
         header += [key.removesuffix(" right"), f"over {baseline}"]
     return table(header, lines) if keys else ""
+
+
+def repetition(found, again, pairs):
+    """What another card makes of the same runs: a sentence, and the differences that it gives."""
+    values = []
+    for name, results in again.items():
+        values += paired(results, found[name], "held out")
+    spread = 1000 * statistics.pstdev(values)
+    largest = 1000 * max(map(abs, values))
+    sentence = (
+        f"{len(values)} runs were made a second time, with the same seeds and batches, on another "
+        "card. The tables have the later ones; these are the earlier ones. Between the two, 1000 x "
+        f"held-out loss differs with a standard deviation of {spread:.1f}, by {largest:.1f} at "
+        "most: a seed does not fix the numbers, as bfloat16 rounds in another order."
+    )
+    return f"{sentence}\n\n{difference_table(again, pairs)[0]}"
 
 
 def adapter_table(found):
@@ -182,9 +201,20 @@ def page(results):
             lora,
             control,
         ]
+        again = reported(results.get("repeats", {}))
+        if again:
+            pairs = over_LoRA + over_control
+            parts += ["**The same again**", repetition(found, again, pairs)]
         accuracies = accuracy_table(found, "LoRA")
         if accuracies:
-            parts += ["**Greedy answers**", accuracies]
+            scored = about["accuracy"]
+            questions = ", ".join(
+                f"{count} of {name}" for name, count in scored["questions"].items()
+            )
+            counted = (
+                f"Questions: {questions}. An answer has at most {scored['new_tokens']} tokens."
+            )
+            parts += ["**Greedy answers**", counted, accuracies]
         parts += ["**What the adapters did**", adapter_table(found)]
     return "\n\n".join(part for part in parts if part)
 

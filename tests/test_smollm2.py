@@ -154,12 +154,21 @@ def test_a_method_that_diverges_ends_the_sweep():
     made_up(lambda run: float("nan"))
 
 
+def test_runs_that_were_made_twice_say_how_far_they_are_apart():
+    def made(*losses):
+        return {"LoRA": {seed: {"held out": loss} for seed, loss in enumerate(losses)}}
+
+    sentence = smollm2_tables.repetition(made(1.0, 1.0), made(1.001, 1.005), [])
+    assert sentence.startswith("2 runs") and "deviation of 2.0, by 5.0 at most" in sentence
+
+
 def test_a_second_call_goes_on_and_prints_the_tables(tmp_path, capsys, monkeypatch):
     chosen = {name: METHODS[name] for name in ("LoRA", "HypLoRA, rho 2", "control, rho 2")}
     for module in (smollm2, smollm2_plan, smollm2_tables):
         monkeypatch.setattr(module, "METHODS", chosen)
     path = tmp_path / "results.json"
     common = ["--small", "--no-peft", "--dry-run", "--results", str(path), "--stack", "6"]
+    common += ["--accuracy", "MAWPS=2", "--new-tokens", "4"]
     smollm2.main([*common, "--seconds", "0"])
     assert json.loads(path.read_text())["runs"] == {}
     smollm2.main([*common, "--seeds", "1"])
@@ -173,6 +182,7 @@ def test_a_second_call_goes_on_and_prints_the_tables(tmp_path, capsys, monkeypat
     page = capsys.readouterr().out
     assert "HypLoRA, rho 2 - control, rho 2" in page
     assert "HypLoRA, rho 2 | down" in page
+    assert "Questions: 2 of MAWPS. An answer has at most 4 tokens." in page
     pytest.importorskip("matplotlib")
     smollm2_tables.picture(json.loads(path.read_text()), tmp_path / "phi.png")
     assert (tmp_path / "phi.png").exists()
