@@ -125,17 +125,15 @@ def hyplora_update(x, A, B, K, max_radius=12.0):
     if x.dtype == torch.float16:
         x = x.float()  # Numbers on the way can be larger than 65504, where float16 ends.
     h = F.linear(x, A.to(x.dtype))
-    with_backward = torch.is_grad_enabled() or torch.jit.is_tracing()  # A trace serves both.
-    if not with_backward:
+    if not (torch.is_grad_enabled() or torch.jit.is_tracing()):  # A trace may be trained later.
         lora = F.linear(h, B.to(x.dtype))
         phi = _phi(_squared_length(x), _squared_length(lora), K, max_radius)
         return phi.to(x.dtype) * lora
 
     # The backward pass would need BAx for its length. But BAx = Bh is as long as the square root
     # of h^T (B^T B) h, which needs only the short vector h.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    wide_h = h.to(wide)
-    wide_B = B.to(wide)
+    wide_h = h.to(torch.promote_types(x.dtype, torch.float32))
+    wide_B = B.to(wide_h.dtype)
     G = wide_B.T @ wide_B
     lora_squared = (wide_h @ G * wide_h).sum(dim=-1, keepdim=True)
     phi = _phi(_squared_length(x), lora_squared, K, max_radius)
