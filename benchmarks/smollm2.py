@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import smollm2_tables as tables
 from benchmarks.report import machine, stamp, write_beside, write_section
-from benchmarks.smollm2_plan import METHODS, SWEEP_SEEDS, Run, is_late, plan
+from benchmarks.smollm2_plan import METHODS, SWEEP_SEEDS, Run, is_late, layer_of, plan
 from benchmarks.smollm2_stack import Adam, Stacked, fuse_norms, put_in_place, take_out
 from benchmarks.smollm2_tables import STATISTICS, TESTS
 
@@ -262,8 +262,9 @@ class Lab:
             for result, loss in zip(results, self.score(self.data[name], len(runs))):
                 result[name] = loss
         for result, adapters in zip(results, self.statistics(stacks, len(runs))):
-            result["adapters"] = adapters
-            phis = [phi for kind in adapters.values() for phi in kind["phi"]]
+            trained = METHODS[result["method"]].layers
+            result["adapters"] = {layer: adapters[layer] for layer in trained}
+            phis = [phi for layer in result["adapters"].values() for phi in layer["phi"]]
             result["phi"] = statistics.mean(phis)
         for name, count in self.args.accuracy.items() if report else ():
             rights = self.accuracy(self.data[f"{name} questions"][:count], len(runs))
@@ -295,10 +296,9 @@ class Lab:
         results = [{} for _ in range(runs)]
         for name, stack in stacks.items():
             stack.mask = None
-            kind = name.rpartition(".")[2].removesuffix("_proj")
             measured = {key: values.tolist() for key, values in stack.seen.items()}
             for run, result in enumerate(results):
-                entry = result.setdefault(kind, {key: [] for key in STATISTICS})
+                entry = result.setdefault(layer_of(name), {key: [] for key in STATISTICS})
                 for key in STATISTICS:
                     entry[key].append(float(f"{measured[key][run]:.4g}"))
         return results

@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass
 
 RHOS = (0.4, 1, 2, 4, 8)
+LAYERS = ("q", "k", "v", "up", "down")
 SWEEP_SEEDS = (1000, 1001)
 
 
@@ -21,6 +22,7 @@ class Method:
     calibrated: bool = False
     K_rate: float = 0  # the rate of what determines K, in units of the rate of A and B
     control_of: str = ""
+    layers: tuple = LAYERS  # those that are trained
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,18 @@ def methods():
             learned = Method("hyplora", rate, curvature=rho**-2, calibrated=True, K_rate=20)
             table[f"{name}, K learned"] = learned
         table[f"control, rho {rho:g}"] = Method("lora", control_of=name)
+    # Before down_proj tokens differ most in length, so that HypLoRA differs most from LoRA.
+    down = dict(rate=4e-3, layers=("down",))
+    name = "HypLoRA, rho 1, down alone"
+    table["LoRA, down alone"] = Method("lora", **down)
+    table[name] = Method("hyplora", curvature=1, calibrated=True, **down)
+    table["control, rho 1, down alone"] = Method("lora", control_of=name, **down)
     return table
+
+
+def layer_of(name):
+    """'model.layers.0.mlp.down_proj' -> 'down'"""
+    return name.rpartition(".")[2].removesuffix("_proj")
 
 
 METHODS = methods()

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.authors import authors_update, simplified_update
+from benchmarks.smollm2_plan import layer_of
 from hyplora import hyplora_update
 
 
@@ -182,7 +183,8 @@ def put_in_place(model, squares, runs, methods, rank):
                 curvatures = [c * u for c, u in zip(curvatures, unit)]
             A = torch.stack([starts[i] for i in chosen]).to(device) / math.sqrt(width)
             alphas = column([runs[i].alpha for i in chosen])
-            rates = column([runs[i].lr for i in chosen])
+            trained = [layer_of(name) in method.layers for method in table]
+            rates = column([runs[i].lr * trains for i, trains in zip(chosen, trained)])
             K_rates = column([method.K_rate for method in table])
             parts.append(Part(kind, base, A, alphas, column(curvatures), rates, K_rates))
         stacks[name] = Stacked(base, parts)
@@ -201,12 +203,14 @@ def take_out(model, stacks):
 class Adam:
     """Adam with a rate for each run, behind a clip of each run's whole gradient at the length 1.
 
-    params: tensors (n, ...). rates: for each of them a tensor (n,).
+    params: tensors (n, ...). rates: for each of them a tensor (n,). What has the rate 0 does not
+    count in the clip.
     """
 
     def __init__(self, params, rates, betas=(0.9, 0.999), eps=1e-8):
         self.params = params
         self.rates = [rate.view(-1, *[1] * (p.ndim - 1)) for p, rate in zip(params, rates)]
+        self.trains = [(rate != 0).float() for rate in self.rates]
         self.first = [torch.zeros_like(p) for p in params]
         self.second = [torch.zeros_like(p) for p in params]
         self.betas = betas
@@ -216,7 +220,7 @@ class Adam:
     @torch.no_grad()
     def step(self, pace):
         self.count += 1
-        grads = [p.grad for p in self.params]
+        grads = [p.grad.mul_(trains) for p, trains in zip(self.params, self.trains)]
         lengths = torch.stack([g.view(len(g), -1).norm(dim=1) for g in grads]).norm(dim=0)
         clip = (1 / (lengths + 1e-6)).clamp(max=1)
         for g in grads:

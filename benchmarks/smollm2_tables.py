@@ -4,11 +4,10 @@ import math
 import statistics
 from pathlib import Path
 
-from benchmarks.smollm2_plan import METHODS, RHOS, SWEEP_SEEDS, alpha_of, sweep
+from benchmarks.smollm2_plan import LAYERS, METHODS, RHOS, SWEEP_SEEDS, alpha_of, sweep
 
 TESTS = ("held out", "GSM8K", "SVAMP", "MAWPS")
 STATISTICS = ("radius", "gain", "phi", "phi_spread", "K_moved")
-KINDS = ("q", "k", "v", "up", "down")
 PICTURE = Path(__file__).parents[1] / "assets" / "phi_by_layer.png"
 # Student's t for 95 % intervals of 2, 3, ... values.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -142,11 +141,11 @@ def adapter_table(found):
     for name, results in found.items():
         if name == "DoRA" or METHODS[name].control_of:
             continue
-        for kind in KINDS:
-            cells = [name, kind]
+        for layer in METHODS[name].layers:
+            cells = [name, layer]
             columns = {key: [] for key in STATISTICS}
             for result in results.values():
-                for key, values in result["adapters"][kind].items():
+                for key, values in result["adapters"][layer].items():
                     columns[key] += values
             pairs = zip(columns["phi_spread"], columns["phi"])
             columns["phi_spread"] = [100 * spread / max(phi, 1e-12) for spread, phi in pairs]
@@ -167,6 +166,8 @@ def page(results):
     over_LoRA = [(name, "LoRA") for name in METHODS if name != "LoRA"]
     over_control = [(f"HypLoRA, rho {rho:g}", f"control, rho {rho:g}") for rho in RHOS]
     over_control.append(("HypLoRA, rho 2, K learned", "HypLoRA, rho 2"))
+    for other in ("LoRA", "control, rho 1"):
+        over_control.append(("HypLoRA, rho 1, down alone", f"{other}, down alone"))
     lora, count_lora = difference_table(found, over_LoRA)
     control, count_control = difference_table(found, over_control)
     lone = [name for name, results in found.items() if len(results) == 1 and name != "LoRA"]
@@ -182,8 +183,9 @@ def page(results):
         "over other questions or other models.",
         "A control is LoRA with alpha times the mean phi of its HypLoRA in the sweep. K is fixed "
         "unless the name says otherwise, but for the guessed unit and the authors' layers, where "
-        "it learns at the rate of A and B; 'K learned' is at 20 times that rate. DoRA has one "
-        "more parameter for each output of a layer. The answers of MAWPS's test file are 'The "
+        "it learns at the rate of A and B; 'K learned' is at 20 times that rate. 'Down alone' has "
+        "adapters at down_proj and nowhere else. DoRA has one more parameter for each output of a "
+        "layer. The answers of MAWPS's test file are 'The "
         "answer is N' alone, while those that it trains on begin with the equation.",
     ]
     if peft:
@@ -234,9 +236,9 @@ def picture(results, path):
     size = (2 * len(names), 2.8)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for axis, name in zip(axes[0], names):
-        for kind in KINDS:
-            columns = zip(*(r["adapters"][kind]["phi"] for r in found[name].values()))
-            axis.plot([statistics.mean(column) for column in columns], label=kind)
+        for layer in LAYERS:
+            columns = zip(*(r["adapters"][layer]["phi"] for r in found[name].values()))
+            axis.plot([statistics.mean(column) for column in columns], label=layer)
         axis.axhline(1, color="gray", linewidth=0.5)
         axis.set_yscale("log")
         axis.set_title(name, fontsize=9)

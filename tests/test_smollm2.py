@@ -33,7 +33,7 @@ def runs_of(*names, lr=1e-2):
 
 def test_a_stack_is_what_hyplora_layers_of_their_own_are(lab):
     names = ["LoRA", "HypLoRA, guessed unit", "HypLoRA, rho 2", "HypLoRA, rho 4", "DoRA"]
-    names.append("authors' simplified")
+    names += ["authors' simplified", "LoRA, down alone", "HypLoRA, rho 1, down alone"]
     runs = runs_of(*names)
     stacks = lab.start(runs)
     starts = {name: [a for p in s.parts for a in p.lora_A.detach()] for name, s in stacks.items()}
@@ -45,7 +45,7 @@ def test_a_stack_is_what_hyplora_layers_of_their_own_are(lab):
             continue
         options = dict(rank=2, alpha=64, curvature=method.curvature)
         options["learn_curvature"] = method.K_rate > 0
-        inject_hyplora(lab.model, smollm2.TARGETS, **options)
+        inject_hyplora(lab.model, [f"{layer}_proj" for layer in method.layers], **options)
         for name, layer in lab.model.named_modules():
             if isinstance(layer, HypLoRALinear):
                 layer.lora_A.data.copy_(starts[name][i])
