@@ -47,9 +47,6 @@ def lorentz_inner(p, q):
     return (p[..., 1:] * q[..., 1:]).sum(dim=-1) - p[..., 0] * q[..., 0]
 
 
-_bounded = F.hardtanh  # It clamps a number between two bounds, with a cheaper backward than clamp.
-
-
 def _squared_length(v):
     """|v|^2, summed in float32 or wider: (..., d) -> (..., 1)."""
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -60,9 +57,10 @@ def _radius(squared_length, K):
     """A length in units of sqrt K, from its square.
 
     For length 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0. Float32 ends at 3e38;
-    the gradient of a division by K would reach that sooner than this product with 1/K.
+    the gradient of a division by K would reach that sooner than this product with 1/K. hardtanh is
+    a clamp with a cheaper backward.
     """
-    return _bounded(squared_length * K**-1, 1e-36, 3e38).sqrt()
+    return F.hardtanh(squared_length * K**-1, 1e-36, 3e38).sqrt()
 
 
 def expmap0(v, K):
@@ -145,7 +143,7 @@ def _phi(x_squared, lora_squared, K, max_radius):
     both = torch.cat([x_squared, lora_squared], dim=-1)
     r, lora_r = _radius(both, K).chunk(2, dim=-1)
     gain = lora_r / r
-    new_r = torch.asinh(gain * torch.sinh(_bounded(r, 0, max_radius)))  # sinh r' = g sinh r
+    new_r = torch.asinh(gain * torch.sinh(F.hardtanh(r, 0, max_radius)))  # sinh r' = g sinh r
     return new_r / lora_r
 
 
@@ -387,6 +385,23 @@ def hyplora_parameters(model):
     curvatures = [trainable.pop(name) for name in list(trainable) if name.endswith("lora_K")]
     groups = [{"params": [*trainable.values()]}, {"params": curvatures, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def compile_hyplora(device=None):
+    """Compile the update for the layers of all models, or warn where no compiler works.
+
+    device: where the models are; None is the CPU. The code is compiled once for each shape of layer
+    and kind of use (training, reading a prompt, generating a token), whatever the number of tokens.
+    What is saved does not change.
+    """
+    global hyplora_update
+    torch._dynamo.config.recompile_limit = 64  # one for each shape and use
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        hyplora_update = torch.compile(hyplora_update, dynamic=True)
+    except Exception as error:
+        why = f"no compiler works here, so the adapters stay eager: {error!s:.80}"
+        warnings.warn(why, stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 
 import torch
 import torch.nn as nn
@@ -240,16 +239,6 @@ def table(rows):
 # --- Main ---------------------------------------------------------------------------------------
 
 
-def compile_adapters(device):
-    """Compile the update once for all layers of a shape, or warn where no compiler works."""
-    torch._dynamo.config.recompile_limit = 64  # one for each shape of layer
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        hyplora.hyplora_update = torch.compile(hyplora.hyplora_update, dynamic=True)
-    except Exception as error:
-        warnings.warn(f"no compiler works here, so the adapters stay eager: {error!s:.80}")
-
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Teach a tiny frozen GPT a new kind of sum, with LoRA and with HypLoRA.",
@@ -287,7 +276,7 @@ def main(argv=None):
     torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
     os.makedirs(args.out, exist_ok=True)
     if args.compile:
-        compile_adapters(args.device)
+        hyplora.compile_hyplora(args.device)
 
     torch.manual_seed(0)
     model = GPT(args.width, args.layers, heads=4).to(args.device)

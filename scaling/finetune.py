@@ -22,6 +22,7 @@ import torch.distributed as dist
 from hyplora import (
     HypLoRALinear,
     calibrate_curvature,
+    compile_hyplora,
     hyplora_parameters,
     inject_hyplora,
     load_hyplora,
@@ -58,7 +59,6 @@ from scaling.scoring import (
 from scaling.training import (
     Plan,
     adapter_effect,
-    compile_adapters,
     mean_loss,
     read_state,
     train,
@@ -734,7 +734,7 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
     scorer = Scorer(args, tokens, tests, device)
     if args.compile:
-        compile_adapters(device)
+        compile_hyplora(device)
     if args.score_only is not None:
         rows = score_saved(args, scorer, device)
     else:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import hyplora
 from hyplora import (
     hyplora_state_dict,
     hyplora_statistics,
@@ -46,21 +45,6 @@ class Plan:
     accumulate: int = 1  # parts in which a batch is computed, to save memory
     save_every: int = 0  # steps; 0 saves at the end alone
     validate_every: int = 0  # steps; 0 keeps the last adapters instead of the best
-
-
-def compile_adapters(device):
-    """Compile the update of all adapters, or stay eager and say so where no compiler works.
-
-    The code is compiled once for all layers of a shape, when the first of them runs, and serves
-    every batch size and length. Training, reading a prompt and generating a token each have their
-    own.
-    """
-    torch._dynamo.config.recompile_limit = 64  # one for each shape of layer and each such use
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        hyplora.hyplora_update = torch.compile(hyplora.hyplora_update, dynamic=True)
-    except Exception as error:
-        say(f"--compile: no compiler works here, so the adapters stay eager: {error!s:.80}")
 
 
 def learning_rate(plan, step):

@@ -1,8 +1,6 @@
 """The compile switch: hyplora.hyplora_update compiled once, for all eager layers of a shape."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch.nn as nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hyplora
-from hyplora import HypLoRALinear, hyplora_state_dict, inject_hyplora
+from hyplora import HypLoRALinear, compile_hyplora, hyplora_state_dict, inject_hyplora
 
 torch.set_num_threads(1)
 
@@ -80,18 +78,29 @@ def test_generation_needs_two_and_never_one_for_a_length(switched):
     assert switched.frame_count == 8
 
 
-def test_the_lines_of_the_readme_are_that_switch(compile_with):
+def test_compile_hyplora_is_that_switch_also_when_it_is_called_again(compile_with):
     counter = CompileCounterWithBackend("aot_eager")
     compile_with(counter)
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    lines = re.findall(r"`((?:hyplora|torch)\.[^`]* = [^`]*)`", readme)
-    assert len(lines) == 2
-    exec("\n".join(lines), {"torch": torch, "hyplora": hyplora})
     model = adapted()
-    for batch, length in ((2, 5), (3, 12), (2, 512)):
-        model(tokens(batch, length)).sum().backward()
+    for _ in range(2):
+        compile_hyplora()
+        for batch, length in ((2, 5), (3, 12), (2, 512)):
+            model(tokens(batch, length)).sum().backward()
     assert torch._dynamo.config.recompile_limit == 64
-    assert counter.frame_count == 4
+    assert counter.frame_count == 1 + 4  # One is the trial.
+
+
+def test_where_no_compiler_works_a_warning_says_so_and_the_update_stays(compile_with):
+    def broken(graph, inputs):
+        raise FileNotFoundError("there is no g++")
+
+    compile_with(broken)
+    eager = hyplora.hyplora_update
+    with pytest.warns(UserWarning, match="(?s)adapters stay eager.*there is no g") as warned:
+        compile_hyplora()
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert hyplora.hyplora_update is eager
 
 
 def test_more_layers_need_no_more_graphs(switched):
