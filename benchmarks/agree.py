@@ -14,6 +14,7 @@ pip install safetensors tokenizers
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,7 @@ class Table:
         print(row, flush=True)
         self.lines.append(row)
         if not self.args.dry_run:
-            command = f"python -m benchmarks.agree {' '.join(sys.argv[1:])}"
+            command = f"python -m benchmarks.agree {shlex.join(sys.argv[1:])}"
             write_section(self.title, f"{stamp(command)}\n\n" + "\n".join(self.lines))
 
 

@@ -271,16 +271,17 @@ formula at its own K: {large:.3f} against {large_formula:.3f} at size 10.
 {gradient_table()}
 
 The gradient of `hyplora` at B = 0 is that of the jump from 0 to the floor over the guard's 1e-7.
-Adam divides by it, so the first step has its usual size, and what it does to the model is the
-floor. The trainer that their scripts use clips the gradients of all parameters together at 1.0, so
-that one such layer shrinks the gradients of all others.
+Adam divides by it, so the first step of B has its usual size, but then each update has the length
+of the floor. The trainer that their scripts use clips the gradients of all parameters together at
+1.0, so that one such layer shrinks the gradients of all others.
 
 ## Which tokens get a longer update
 
 {norm_table()}
 
 The formula gives a longer token a longer update, here more than in proportion. `hyplora` gives it a
-longer one outside its dead zone (at size 1 a typical token is inside, hence its first column).
+longer one outside its dead zone (at size 1 a typical token is inside, so that the shorter ones get
+the same length: 1).
 The simplified layer does the opposite beyond |x| = 1/sqrt(k), which is {1 / math.sqrt(0.5):.2f} at
 0.5, while a token that leaves an RMSNorm has a length near sqrt(d_in): its way in is the inverse
 stereographic map of a sphere (k (xi^2 + |s|^2) = {on_sphere:.3f} for its points (xi, s)), which
@@ -320,10 +321,11 @@ at 1.0 fits either.
 
 - The unit of length of `hyplora` is a parameter that starts at sqrt(d_in) and learns, so that it
   can find by itself what `calibrate_curvature` has to measure. The formula without calibration is
-  close to LoRA where activations are shorter than sqrt(d_in), as they are in real models.
+  close to LoRA where activations are shorter than sqrt(d_in), as they are in SmolLM2-135M.
 - `hyplora` clips the radius at 12, a bound that `hyplora.py` has taken over, and computes maps and
   products in float32, whatever autocast says.
-- The published gains come from these layers. Nobody has shown yet that the formula does better.
+- The published gains come from these layers. The formula does better on SmolLM2-135M (RESULTS.md),
+  and was compared on no larger model.
 """
 
 

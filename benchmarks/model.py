@@ -17,6 +17,7 @@ import argparse
 import copy
 import gc
 import math
+import shlex
 import statistics
 import time
 import warnings
@@ -495,7 +496,7 @@ def make(names, base, args):
 
 def publish(title, lines, args):
     """Print the table, and write it into RESULTS.md unless this is a dry run."""
-    command = f"python -m benchmarks.model {' '.join(args.words)}"
+    command = f"python -m benchmarks.model {shlex.join(args.words)}"
     text = f"{stamp(command)}\n\n{lines}"
     say(f"\n## {title}\n\n{text}\n")
     if not args.dry_run:

@@ -15,6 +15,7 @@ import gc
 import math
 import os
 import resource
+import shlex
 import statistics
 import sys
 import tempfile
@@ -266,7 +267,7 @@ def main():
     table = Table(
         f"{args.shape}, {fields['num_hidden_layers']} blocks, {rows} x {length} tokens a process, "
         f"up to {processes} processes: {machine(device.type)}",
-        f"torchrun --nproc-per-node {processes} -m benchmarks.processes {' '.join(sys.argv[1:])}",
+        f"torchrun --nproc-per-node {processes} -m benchmarks.processes {shlex.join(sys.argv[1:])}",
         f"The base has {numbers / 1e9:.2f} billion numbers, {numbers * dtype.itemsize / 2**30:.1f} "
         f"GiB in {str(dtype).removeprefix('torch.')}.",
         args.dry_run,

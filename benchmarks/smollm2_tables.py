@@ -128,9 +128,11 @@ def repetition(found, again, pairs):
     largest = 1000 * max(map(abs, values))
     sentence = (
         f"{len(values)} runs were made a second time, with the same seeds and batches, on another "
-        "card. The tables have the later ones; these are the earlier ones. Between the two, 1000 x "
-        f"held-out loss differs with a standard deviation of {spread:.1f}, by {largest:.1f} at "
-        "most: a seed does not fix the numbers, as bfloat16 rounds in another order."
+        "card. These are the later ones; the other tables have the earlier ones, as the rest of "
+        "the dial and DoRA were run beside them and once. Between the two, 1000 x held-out loss "
+        f"differs with a standard deviation of {spread:.1f}, by {largest:.1f} at most: a seed does "
+        "not fix the numbers, as bfloat16 rounds in another order. (The authors' layers and 'down "
+        "alone' came later, too: that is in their differences to LoRA above.)"
     )
     return f"{sentence}\n\n{difference_table(again, pairs)[0]}"
 
@@ -207,7 +209,7 @@ def page(results):
         if again:
             pairs = over_LoRA + over_control
             parts += ["**The same again**", repetition(found, again, pairs)]
-        accuracies = accuracy_table(found, "LoRA")
+        accuracies = accuracy_table(reported(runs | results.get("repeats", {})), "LoRA")
         if accuracies:
             scored = about["accuracy"]
             questions = ", ".join(
@@ -218,6 +220,7 @@ def page(results):
             )
             parts += ["**Greedy answers**", counted, accuracies]
         parts += ["**What the adapters did**", adapter_table(found)]
+        parts.append(f"![phi by layer](../assets/{PICTURE.name})")
     return "\n\n".join(part for part in parts if part)
 
 
