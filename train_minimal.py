@@ -252,7 +252,7 @@ def parse_arguments(argv):
     add("--rank", type=int, default=8, help="of the adapters")
     add("--alpha", type=float, default=16.0, help="the updates are scaled by alpha / rank")
     add("--lr", type=float, default=6e-3, help="peak learning rate of the adapters")
-    add("--steps", type=int, default=500, help="training steps of an adapter")
+    add("--steps", type=int, default=650, help="training steps of an adapter")
     add("--base-steps", type=int, default=700, help="training steps of the base")
     add("--batch-size", type=int, default=64, help="sums in a step of an adapter")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
