@@ -356,6 +356,9 @@ def _find_linears(model, targets, also):
 def _put_in_place(model, layers, also):
     """Freeze the model, then put the layers around their bases wherever these stand."""
     _require("" not in layers, "the model is the layer itself: wrap it with HypLoRALinear(model)")
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    parallel = sharded or isinstance(model, nn.parallel.DistributedDataParallel)
+    _require(not parallel, "adapt the model before it is wrapped or sharded for many processes")
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in layers.values()})
     for module in also.values():
@@ -391,8 +394,9 @@ def compile_hyplora(device=None):
     """Compile the update for the layers of all models, or warn where no compiler works.
 
     device: where the models are; None is the CPU. The code is compiled once for each shape of layer
-    and kind of use (training, reading a prompt, generating a token), whatever the number of tokens.
-    What is saved does not change.
+    and kind of use (training, reading a prompt, generating a token) and once more where a batch or
+    a length is 1. What is saved does not change. A second backward pass over the same output needs
+    torch._functorch.config.donated_buffer = False.
     """
     global hyplora_update
     torch._dynamo.config.recompile_limit = 64  # one for each shape and use
@@ -421,11 +425,11 @@ def disable_hyplora(model):
 
 
 def remove_hyplora(model):
-    """Take the adapters out, in place, and return the base model, which stays frozen."""
+    """Take the adapters out, in place, and return the base; what was frozen stays frozen."""
     _replace(model, {m: m.base for m in model.modules() if isinstance(m, HypLoRALinear)})
     for module in model.modules():
         module.__dict__.pop("hyplora_train_also", None)
-    return model
+    return model.base if isinstance(model, HypLoRALinear) else model
 
 
 @torch.no_grad()
@@ -477,11 +481,9 @@ def calibrate_curvature(model, *args, **kwargs):
     with disable_hyplora(model):
         seen = hyplora_statistics(model, *args, **kwargs)
     layers = _named_modules(model, HypLoRALinear)
-    tensors = hyplora_state_dict(model)
-    for name in seen:
-        ratio = seen[name]["square"] / layers[name].in_features
-        tensors[f"{name}.lora_K"] = torch.tensor([ratio]).log()
-    set_hyplora_state_dict(model, tensors)
+    own = {f"{name}.lora_K": layers[name].lora_K for name in seen}
+    ratios = [seen[name]["square"] / layers[name].in_features for name in seen]
+    _fill(own, {key: torch.tensor([ratio]).log() for key, ratio in zip(own, ratios)})
     return {name: layers[name].curvature * seen[name]["square"] for name in seen}
 
 
@@ -502,6 +504,8 @@ def _tensors(layers, also):
         tensors.update(layer.named_parameters(name, recurse=False))
     for name, module in also.items():
         tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
+    for name, tensor in tensors.items():
+        _require(not tensor.is_meta, f"{name} is on the meta device: it has no numbers")
     return tensors
 
 
@@ -512,7 +516,8 @@ def _fill(own, tensors):
         raise ValueError(f"{name} is {'missing' if name in own else 'not of this model'}")
     for name, target in own.items():
         new = tensors[name]
-        fits = torch.is_tensor(new) and new.shape == target.shape and new.isfinite().all()
+        fits = torch.is_tensor(new) and new.shape == target.shape
+        fits = fits and ("lora_" not in name or new.isfinite().all())
         found = f"{tuple(new.shape)}, {new!s:.60}" if torch.is_tensor(new) else f"{new!s:.60}"
         _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {found}")
     for name, target in own.items():
@@ -530,7 +535,6 @@ def hyplora_state_dict(model):
     """
     result = {}
     for name, tensor in _tensors(*_trained(model)).items():
-        _require(not tensor.is_meta, f"{name} is on the meta device: it has no numbers to save")
         sharded = hasattr(tensor, "full_tensor")
         result[name] = tensor.detach().full_tensor() if sharded else tensor.detach()
     return result
@@ -556,7 +560,7 @@ def save_hyplora(model, path):
     """Write the adapters and the modules of train_also to path, atomically."""
     tensors = hyplora_state_dict(model)
     _require(tensors, "this model has no adapters to save")
-    fresh = [n for n in tensors if n.endswith(".lora_B") and not tensors[n].any()]
+    fresh = [n for n in tensors if n.endswith("lora_B") and not tensors[n].any()]
     if fresh:
         why = "they were not trained, or their owner reads the weight and never calls them"
         warnings.warn(f"{', '.join(fresh)} are as they started: {why}", stacklevel=2)
@@ -580,6 +584,8 @@ def load_hyplora(model, path):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             _require(content["hyplora"] == 2, "another version wrote it")
+            if bare:
+                _find_linears(model, list(content["layers"]), {})  # It refuses what inject would.
             for name, options in content["layers"].items():
                 _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
                 if bare:

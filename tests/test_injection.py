@@ -84,9 +84,14 @@ def test_a_model_that_is_the_layer_itself_or_has_none(tmp_path):
     with pytest.raises(ValueError, match="wrap it with HypLoRALinear"):
         inject_hyplora(nn.Linear(7, 6), "all-linear")
     layer = HypLoRALinear(nn.Linear(7, 6))
+    with pytest.warns(UserWarning, match="lora_B are as they started"):
+        save_hyplora(layer, tmp_path / "layer.pt")
     nn.init.normal_(layer.lora_B)
     save_hyplora(layer, tmp_path / "layer.pt")
     assert load_hyplora(layer, tmp_path / "layer.pt") == [""]
+    calibrate_curvature(layer, torch.ones(3, 7))
+    assert layer.K.item() == pytest.approx(0.5 * 7)
+    assert remove_hyplora(layer) is layer.base
     with pytest.raises(ValueError, match="wrap it with HypLoRALinear"):
         load_hyplora(nn.Linear(7, 6), tmp_path / "layer.pt")
     with pytest.raises(ValueError, match="no linear layer"):
@@ -127,7 +132,7 @@ def test_weight_of_shape_in_out():
 # --- owners that never call their layer ---------------------------------------------------------
 
 
-def test_owners_that_read_the_weight_are_refused():
+def test_owners_that_read_the_weight_are_refused(tmp_path):
     attention = nn.MultiheadAttention(8, 2)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match="out_proj can't be adapted: .*never calls it"):
@@ -139,9 +144,15 @@ def test_owners_that_read_the_weight_are_refused():
         assert inject_hyplora(model, "all-linear") == ["fc"]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        assert inject_hyplora(nn.Sequential(layer), ["linear1"]) == ["0.linear1"]
+        model = nn.Sequential(copy.deepcopy(layer))
+        assert inject_hyplora(model, ["linear1"]) == ["0.linear1"]
+        nn.init.normal_(model[0].linear1.lora_B)
+        save_hyplora(model, tmp_path / "adapter.pt")
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+    with pytest.raises(ValueError, match="linear1 can't be adapted"):
+        load_hyplora(nn.Sequential(layer), tmp_path / "adapter.pt")
+    assert type(layer.linear1) is nn.Linear and layer.linear1.weight.requires_grad
 
 
 def test_saving_names_adapters_that_nothing_calls(tmp_path):
@@ -195,6 +206,18 @@ def test_a_new_head_is_trained_saved_and_loaded(tmp_path):
     remove_hyplora(bare)
     inject_hyplora(bare, ["q_proj"])
     assert not any(name.startswith("classifier") for name in hyplora_state_dict(bare))
+
+
+def test_a_buffer_of_train_also_may_be_infinite_as_a_mask_is(tmp_path):
+    model, bare = Toy(), Toy()
+    for toy in (model, bare):
+        toy.classifier.register_buffer("mask", torch.full((2,), -torch.inf))
+    inject_hyplora(model, "all-linear", train_also=["classifier"])
+    calibrate_curvature(model, IDS)
+    train(model)
+    save_hyplora(model, tmp_path / "adapter.pt")
+    load_hyplora(bare, tmp_path / "adapter.pt")
+    assert torch.equal(bare(IDS), model(IDS))
 
 
 def test_train_also_must_match_and_wins_over_targets():
