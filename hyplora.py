@@ -391,12 +391,11 @@ def hyplora_parameters(model):
 
 
 def compile_hyplora(device=None):
-    """Compile the update for the layers of all models, or warn where no compiler works.
+    """Compile the update for the layers of all models, or warn where no compiler works on device.
 
-    device: where the models are; None is the CPU. The code is compiled once for each shape of layer
-    and kind of use (training, reading a prompt, generating a token) and once more where a batch or
-    a length is 1. What is saved does not change. A second backward pass over the same output needs
-    torch._functorch.config.donated_buffer = False.
+    This happens once for each shape of layer and kind of use: training, a prompt, a single token.
+    What is saved does not change. A second backward pass over the same output needs
+    torch._functorch.config.donated_buffer = False. device: None is the CPU.
     """
     global hyplora_update
     torch._dynamo.config.recompile_limit = 64  # one for each shape and use
