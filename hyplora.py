@@ -251,10 +251,11 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
     targets: "all-linear" (every linear layer but the output head), or a list of name endings such
     as ["q_proj", "v_proj"]. train_also: a list of name endings of modules that stay trainable and
     are saved with the adapters, such as ["classifier"]. layer_options: those of HypLoRALinear. A
-    layer in two places gets one adapter, under its first name. Returns the adapted names.
+    layer in two places gets one adapter, under its first name. Returns the adapted names. Do this
+    before DDP or sharding, which would not average the gradients of adapters that come later.
 
     Raises ValueError or TypeError, with the model unchanged, if an ending matches nothing that can
-    be adapted, if the model is adapted already, or if an option is wrong.
+    be adapted, if the model is adapted or in DDP already, or if an option is wrong.
     """
     also = _find(model, train_also, callable)
     linears = _find_linears(model, targets, also)
@@ -356,9 +357,8 @@ def _find_linears(model, targets, also):
 def _put_in_place(model, layers, also):
     """Freeze the model, then put the layers around their bases wherever these stand."""
     _require("" not in layers, "the model is the layer itself: wrap it with HypLoRALinear(model)")
-    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
-    parallel = sharded or isinstance(model, nn.parallel.DistributedDataParallel)
-    _require(not parallel, "adapt the model before it is wrapped or sharded for many processes")
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    _require(not wrapped, "adapt the model first: DDP averages only what trained when it was made")
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in layers.values()})
     for module in also.values():

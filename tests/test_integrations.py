@@ -491,7 +491,8 @@ def worker(rank, kind, dtype, path):
     rows = X[rank * 4 : rank * 4 + 4]
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
-        bare = nn.parallel.DistributedDataParallel(mlp(dtype))
+        with pytest.raises(ValueError, match="adapt the model first: DDP averages only"):
+            inject_hyplora(nn.parallel.DistributedDataParallel(mlp(dtype)), "all-linear")
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -500,9 +501,6 @@ def worker(rank, kind, dtype, path):
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-        bare = fully_shard(mlp(dtype), mesh=mesh)
-    with pytest.raises(ValueError, match="adapt the model before it is wrapped or sharded"):
-        inject_hyplora(bare, "all-linear")
     optimizer_sees = wrapped.module if kind == "ddp" else wrapped
     optimizer = torch.optim.SGD(hyplora_parameters(optimizer_sees), lr=0.1)
     for _ in range(4):
