@@ -576,7 +576,6 @@ def load_hyplora(model, path):
     OSError if path cannot be read, ValueError if it is damaged, foreign, or does not fit; the model
     is unchanged then.
     """
-    modules = _named_modules(model)
     layers, also = _trained(model)
     bare = not layers
     with open(path, "rb") as file:
@@ -584,16 +583,15 @@ def load_hyplora(model, path):
             content = torch.load(file, map_location="cpu", weights_only=True)
             _require(content["hyplora"] == 2, "another version wrote it")
             if bare:
-                _find_linears(model, list(content["layers"]), {})  # It refuses what inject would.
+                also = _find(model, content["also"], callable)
+                linears = _find_linears(model, list(content["layers"]), also)
             for name, options in content["layers"].items():
-                _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
+                _require(name in (linears if bare else layers), f"{name} is not here to be adapted")
                 if bare:
-                    layers[name] = HypLoRALinear(modules[name], **options)
+                    layers[name] = HypLoRALinear(linears[name], **options)
                 for key in ("rank", "alpha", "curvature", "max_radius"):
                     own, other = layers[name].options[key], options.get(key)
                     _require(own == other, f"{key} of {name} is {own} here, {other} in the file")
-            if bare:
-                also = {name: modules[name] for name in content["also"]}
             _fill(_tensors(layers, also), content["tensors"])
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
