@@ -472,10 +472,9 @@ def hyplora_statistics(model, *args, **kwargs):
 def calibrate_curvature(model, *args, **kwargs):
     """Set each K from the lengths that its layer sees: K = curvature * mean of |x|^2 over tokens.
 
-    args, kwargs: sample inputs of the model (best without padding, which counts), which runs once,
-    as its base and in eval mode. Then a typical token has the radius 1/sqrt(curvature) in every
-    layer that saw one. Returns {name: K} of these. Raises ValueError, with every K as it was, if a
-    length is not finite.
+    The model runs once on these sample inputs (best without padding, which counts), as its base and
+    in eval mode. Then a typical token has the radius 1/sqrt(curvature). Returns {name: K} of layers
+    that saw a token. Raises ValueError, with every K as it was, if a length is not finite.
     """
     with disable_hyplora(model):
         seen = hyplora_statistics(model, *args, **kwargs)
@@ -573,8 +572,7 @@ def load_hyplora(model, path):
     """Read adapters that save_hyplora wrote, and return their names.
 
     A bare model is injected as the file says; an adapted one must have the file's layers. Raises
-    OSError if path cannot be read, ValueError if it is damaged, foreign, or does not fit; the model
-    is unchanged then.
+    OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then.
     """
     layers, also = _trained(model)
     bare = not layers
