@@ -514,10 +514,10 @@ def _fill(own, tensors):
         raise ValueError(f"{name} is {'missing' if name in own else 'not of this model'}")
     for name, target in own.items():
         new = tensors[name]
-        fits = torch.is_tensor(new) and new.shape == target.shape
-        fits = fits and ("lora_" not in name or new.isfinite().all())
-        found = f"{tuple(new.shape)}, {new!s:.60}" if torch.is_tensor(new) else f"{new!s:.60}"
-        _require(fits, f"{name} should be {tuple(target.shape)} finite numbers, found {found}")
+        _require(torch.is_tensor(new), f"{name} should be a tensor, found {new!s:.60}")
+        _require(new.shape == target.shape, f"{name} should be {target.shape}, found {new.shape}")
+        if "lora_" in name:
+            _require(new.isfinite().all(), f"{name} should be finite numbers, found {new!s:.60}")
     for name, target in own.items():
         new = tensors[name].to(target.device)
         if hasattr(target, "device_mesh"):
