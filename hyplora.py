@@ -437,8 +437,7 @@ def hyplora_statistics(model, *args, **kwargs):
 
     Returns {name: {"square": |x|^2, "radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| /
     |BAx|, "phi_spread": phi's standard deviation}}, means over tokens, of the layers that saw any.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. (While B is 0, phi means
-    nothing and is 1.)
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. (While B is 0, phi is 1.)
     """
     layers = _named_modules(model, HypLoRALinear)
     _require(layers, "this model has no adapters; inject_hyplora(model, targets) adds them")
