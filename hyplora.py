@@ -396,7 +396,7 @@ def compile_hyplora(device=None):
     torch._functorch.config.donated_buffer = False. device: None is the CPU.
     """
     global hyplora_update
-    torch._dynamo.config.recompile_limit = 64  # one for each shape and use
+    torch._dynamo.config.cache_size_limit = 64  # graphs: one for each shape and use
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         hyplora_update = torch.compile(hyplora_update, dynamic=True)

@@ -16,6 +16,6 @@ def compile_with(monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
         monkeypatch.setattr(hyplora, "hyplora_update", hyplora.hyplora_update)
 
-    with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):
+    with torch._dynamo.config.patch(cache_size_limit=8, suppress_errors=False):
         yield use
     torch._dynamo.reset()

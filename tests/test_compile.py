@@ -51,7 +51,7 @@ def switched(monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(hyplora.hyplora_update, dynamic=True, backend=counter)
     monkeypatch.setattr(hyplora, "hyplora_update", compiled)
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(cache_size_limit=64):
         yield counter
     torch._dynamo.reset()
 
@@ -86,7 +86,7 @@ def test_compile_hyplora_is_that_switch_also_when_it_is_called_again(compile_wit
         compile_hyplora()
         for batch, length in ((2, 5), (3, 12), (2, 512)):
             model(tokens(batch, length)).sum().backward()
-    assert torch._dynamo.config.recompile_limit == 64
+    assert torch._dynamo.config.cache_size_limit == 64
     assert counter.frame_count == 1 + 4  # One is the trial.
 
 
