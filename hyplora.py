@@ -257,7 +257,7 @@ def inject_hyplora(model, targets, train_also=(), **layer_options):
     Raises ValueError or TypeError, with the model unchanged, if an ending matches nothing that can
     be adapted, if the model is adapted or in DDP already, or if an option is wrong.
     """
-    also = _find(_named_modules(model), train_also)
+    also = _find(model, train_also, callable)
     linears = _find_linears(model, targets, also)
     layers = {name: HypLoRALinear(linear, **layer_options) for name, linear in linears.items()}
     _put_in_place(model, layers, also)
@@ -305,17 +305,19 @@ def _named_modules(model, kind=nn.Module):
     return {re.sub(marks, "", n): m for n, m in model.named_modules() if isinstance(m, kind)}
 
 
-def _find(modules, endings):
-    """Those of {name: module} whose names have one of the endings; each ending must occur."""
+def _find(model, endings, fits):
+    """{name: module} of those that fit and have one of the endings; each ending must occur."""
     is_list = isinstance(endings, (list, tuple, set))
     _require(is_list, f'expected "all-linear" or a list of name endings, got {endings!r}')
-    last_parts = sorted({name.rpartition(".")[2] for name in modules})
-    found = set()
+    modules = _named_modules(model)
+    linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _features(m)})
     for ending in endings:
-        named = {name for name in modules if f".{name}".endswith(f".{ending}")}
-        _require(named, f"{ending!r} names none of these modules: {last_parts}")
-        found |= named
-    return {name: m for name, m in modules.items() if name in found}
+        named = [m for name, m in modules.items() if f".{name}".endswith(f".{ending}")]
+        kinds = ", ".join({type(m).__name__ for m in named}) or "nothing"
+        message = f"{ending!r} names {kinds}; linear layers here: {', '.join(linears)}"
+        _require(any(fits(m) for m in named), message)
+    suffixes = tuple(f".{ending}" for ending in endings)
+    return {name: m for name, m in modules.items() if fits(m) and f".{name}".endswith(suffixes)}
 
 
 def _find_linears(model, targets, also):
@@ -324,15 +326,15 @@ def _find_linears(model, targets, also):
     marks = ("lora_A", "base_layer", "peft_config")  # Adapters, ours or PEFT's, have one of these.
     adapted = [m for m in modules.values() if any(hasattr(m, mark) for mark in marks)]
     _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
-    linears = {name: m for name, m in modules.items() if _features(m)}
     left_out = {inner for module in also.values() for inner in module.modules()}
     if targets == "all-linear":
         heads = {"lm_head", "embed_out", "head", "score", "classifier"}
-        found = {name: m for name, m in linears.items() if heads.isdisjoint(name.split("."))}
+        bodies = {name: m for name, m in modules.items() if heads.isdisjoint(name.split("."))}
+        found = {name: m for name, m in bodies.items() if _features(m)}
         if hasattr(model, "get_output_embeddings"):
             left_out.add(model.get_output_embeddings())
     else:
-        found = _find(linears, targets)
+        found = _find(model, targets, _features)
     readers = [nn.MultiheadAttention]
     if torch.backends.mha.get_fastpath_enabled():
         readers.append(nn.TransformerEncoderLayer)
@@ -578,7 +580,7 @@ def load_hyplora(model, path):
             content = torch.load(file, map_location="cpu", weights_only=True)
             _require(content["hyplora"] == 2, "another version wrote it")
             if bare:
-                also = _find(_named_modules(model), content["also"])
+                also = _find(model, content["also"], callable)
                 linears = _find_linears(model, list(content["layers"]), also)
             for name, options in content["layers"].items():
                 _require(name in (linears if bare else layers), f"{name} is not here to be adapted")

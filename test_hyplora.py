@@ -435,9 +435,9 @@ def test_the_life_of_an_adapter(tmp_path):
 def test_targets_are_endings_of_names():
     assert inject_hyplora(Toy(), ["v_proj", "q_proj"]) == QV
     assert inject_hyplora(Toy(), ["1.v_proj", "classifier"]) == [QV[3], "classifier"]
-    with pytest.raises(ValueError, match="'q_porj' names none .*'classifier', 'q_proj', 'v_proj'"):
+    with pytest.raises(ValueError, match="'q_porj' names nothing.*classifier, q_proj, v_proj"):
         inject_hyplora(Toy(), ["q_porj"])
-    with pytest.raises(ValueError, match="'embed' names none of these modules"):
+    with pytest.raises(ValueError, match="'embed' names Embedding"):
         inject_hyplora(Toy(), ["embed"])
 
 

@@ -32,13 +32,13 @@ def is_unchanged(model):
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (["q_porj"], r"'q_porj' names none .*: \['classifier', 'q_proj', 'v_proj'\]$"),
+        (["q_porj"], "'q_porj' names nothing; linear layers here: classifier, q_proj, v_proj"),
         (["q_proj", "nothing_like_it"], "nothing_like_it"),
         ([], "no linear layer"),
-        ([""], "'' names none of these modules"),
+        ([""], "'' names Toy"),
         ("q_proj", "expected .*list.*got 'q_proj'"),
         (None, "expected .*got None"),
-        ([7], "7 names none of these modules"),
+        ([7], "7 names nothing"),
     ],
     ids=str,
 )
@@ -54,7 +54,9 @@ def test_targets_that_match_nothing_change_nothing(targets, message):
 )
 def test_what_is_no_linear_layer_is_named(layer):
     model = nn.ModuleDict({"part": layer, "fc": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match=r"'part' names none of these modules: \['fc'\]$"):
+    with pytest.raises(
+        ValueError, match=f"'part' names {type(layer).__name__}; linear layers here: fc"
+    ):
         inject_hyplora(model, ["fc", "part"])
     assert is_unchanged(model)
     model["other"] = nn.ModuleDict({"part": nn.Linear(8, 8)})
@@ -219,7 +221,7 @@ def test_a_buffer_of_train_also_may_be_infinite_as_a_mask_is(tmp_path):
 
 
 def test_train_also_must_match_and_wins_over_targets():
-    with pytest.raises(ValueError, match="'score' names none .*'classifier', 'embed'"):
+    with pytest.raises(ValueError, match="'score' names nothing"):
         inject_hyplora(Toy(), "all-linear", train_also=["score"])
     names = inject_hyplora(Toy(), ["v_proj", "classifier"], train_also=["classifier"])
     assert names == [QV[1], QV[3]]

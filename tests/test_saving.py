@@ -228,7 +228,7 @@ def test_options_that_are_missing_unknown_or_out_of_range(path):
 
 def test_layers_that_the_model_does_not_have(path):
     edit(path, lambda content: content["layers"].update({"elsewhere": {}}))
-    refused(path, r"'elsewhere' names none .*: \['classifier', 'q_proj', 'v_proj'\]$")
+    refused(path, "'elsewhere' names nothing; linear layers here: classifier, q_proj, v_proj")
     refused(path, "elsewhere is not here to be adapted", bare=False)
 
 
@@ -260,7 +260,7 @@ def test_an_adapter_of_a_layer_that_is_not_linear_here(tmp_path):
     inject_hyplora(source, "all-linear", rank=2)
     nn.init.normal_(source[0].lora_B)
     save_hyplora(source, tmp_path / "adapter.pt")
-    with pytest.raises(ValueError, match="'0' names none of these modules"):
+    with pytest.raises(ValueError, match="Conv2d"):
         load_hyplora(nn.Sequential(nn.Conv2d(8, 8, 1)), tmp_path / "adapter.pt")
 
 
