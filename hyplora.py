@@ -323,9 +323,6 @@ def _find(model, endings, fits):
 def _find_linears(model, targets, also):
     """{name: linear layer} that targets asks for, but for those inside the modules of also."""
     modules = _named_modules(model)
-    marks = ("lora_A", "base_layer", "peft_config")  # Adapters, ours or PEFT's, have one of these.
-    adapted = [m for m in modules.values() if any(hasattr(m, mark) for mark in marks)]
-    _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
     left_out = {inner for module in also.values() for inner in module.modules()}
     if targets == "all-linear":
         heads = {"lm_head", "embed_out", "head", "score", "classifier"}
@@ -335,23 +332,33 @@ def _find_linears(model, targets, also):
             left_out.add(model.get_output_embeddings())
     else:
         found = _find(model, targets, _features)
-    readers = [nn.MultiheadAttention]
-    if torch.backends.mha.get_fastpath_enabled():
-        readers.append(nn.TransformerEncoderLayer)
-    for name, layer in found.items():
-        if isinstance(modules[name.rpartition(".")[0]], tuple(readers)):
-            message = f"{name} can't be adapted: its owner reads the weight and never calls it"
-            _require(targets == "all-linear", message)
-            warnings.warn(message, stacklevel=3)
-            left_out.add(layer)
-    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
-    for name, layer in found.items():
-        if getattr(layer, "weight", None) in embeddings:
-            _require(targets == "all-linear", f"{name} is tied to an embedding: untie it first")
-            left_out.add(layer)
+    found = _fit(modules, found, refuse=targets != "all-linear")
     found = {name: m for name, m in found.items() if m not in left_out}
     _require(found, "no linear layer is left to adapt, without heads, train_also, and the like")
     return found
+
+
+def _fit(modules, linears, refuse):
+    """The linear layers that can be adapted; the others are refused, or else left out."""
+    marks = ("lora_A", "base_layer", "peft_config")  # Adapters, ours or PEFT's, have one of these.
+    adapted = [m for m in modules.values() if any(hasattr(m, mark) for mark in marks)]
+    _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
+    readers = [nn.MultiheadAttention]
+    if torch.backends.mha.get_fastpath_enabled():
+        readers.append(nn.TransformerEncoderLayer)
+    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
+    fit = {}
+    for name, layer in linears.items():
+        read = isinstance(modules[name.rpartition(".")[0]], tuple(readers))
+        tied = getattr(layer, "weight", None) in embeddings
+        why = f"{name} can't be adapted: its owner reads the weight and never calls it"
+        _require(not (refuse and read), why)
+        _require(not (refuse and tied), f"{name} is tied to an embedding: untie it first")
+        if read:
+            warnings.warn(why, stacklevel=4)
+        elif not tied:
+            fit[name] = layer
+    return fit
 
 
 def _put_in_place(model, layers, also):
@@ -573,22 +580,23 @@ def load_hyplora(model, path):
     A bare model is injected as the file says; an adapted one must have the file's layers. Raises
     OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then.
     """
+    modules = _named_modules(model)
     layers, also = _trained(model)
     bare = not layers
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             _require(content["hyplora"] == 2, "another version wrote it")
-            if bare:
-                also = _find(model, content["also"], callable)
-                linears = _find_linears(model, list(content["layers"]), also)
             for name, options in content["layers"].items():
-                _require(name in (linears if bare else layers), f"{name} is not here to be adapted")
+                _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
                 if bare:
-                    layers[name] = HypLoRALinear(linears[name], **options)
+                    layers[name] = HypLoRALinear(modules[name], **options)
                 for key in ("rank", "alpha", "curvature", "max_radius"):
                     own, other = layers[name].options[key], options.get(key)
                     _require(own == other, f"{key} of {name} is {own} here, {other} in the file")
+            if bare:
+                also = {name: modules[name] for name in content["also"]}
+                _fit(modules, {name: modules[name] for name in layers}, refuse=True)
             _fill(_tensors(layers, also), content["tensors"])
         except Exception as error:
             why = f"{type(error).__name__}: {error}"

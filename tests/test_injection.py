@@ -155,6 +155,22 @@ def test_owners_that_read_the_weight_are_refused(tmp_path):
     assert type(layer.linear1) is nn.Linear and layer.linear1.weight.requires_grad
 
 
+def test_a_file_names_its_layers_whole_so_that_an_unfit_one_of_that_ending_does_not_matter(tmp_path):
+    def attention_and_a_layer_of_the_name_of_its_own():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "out_proj": nn.Linear(8, 8)})
+
+    model = attention_and_a_layer_of_the_name_of_its_own()
+    with pytest.warns(UserWarning, match="a.out_proj"):
+        assert inject_hyplora(model, "all-linear") == ["out_proj"]
+    nn.init.normal_(model.out_proj.lora_B)
+    save_hyplora(model, tmp_path / "adapter.pt")
+    loaded = attention_and_a_layer_of_the_name_of_its_own()
+    assert load_hyplora(loaded, tmp_path / "adapter.pt") == ["out_proj"]
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded.out_proj(x), model.out_proj(x))
+
+
 def test_saving_names_adapters_that_nothing_calls(tmp_path):
     class Owner(nn.Module):
         def __init__(self):
