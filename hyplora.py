@@ -364,7 +364,7 @@ def _fit(modules, linears, refuse):
 def _put_in_place(model, layers, also):
     """Freeze the model, then put the layers around their bases wherever these stand."""
     _require("" not in layers, "the model is the layer itself: wrap it with HypLoRALinear(model)")
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
     _require(not wrapped, "adapt the model first: DDP averages only what trained when it was made")
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in layers.values()})
@@ -522,7 +522,7 @@ def _fill(own, tensors):
         new = tensors[name]
         _require(torch.is_tensor(new), f"{name} should be a tensor, found {new!s:.60}")
         _require(new.shape == target.shape, f"{name} should be {target.shape}, found {new.shape}")
-        if "lora_" in name:
+        if isinstance(target, nn.Parameter):  # A buffer may be infinite, as a mask is.
             _require(new.isfinite().all(), f"{name} should be finite numbers, found {new!s:.60}")
     for name, target in own.items():
         new = tensors[name].to(target.device)

@@ -18,6 +18,7 @@ from hyplora import (
     load_hyplora,
     remove_hyplora,
     save_hyplora,
+    set_hyplora_state_dict,
 )
 from test_hyplora import IDS, QV, Toy, train
 
@@ -234,6 +235,9 @@ def test_a_buffer_of_train_also_may_be_infinite_as_a_mask_is(tmp_path):
     save_hyplora(model, tmp_path / "adapter.pt")
     load_hyplora(bare, tmp_path / "adapter.pt")
     assert torch.equal(bare(IDS), model(IDS))
+    model.classifier.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="classifier.bias should be finite numbers"):
+        set_hyplora_state_dict(bare, hyplora_state_dict(model))
 
 
 def test_train_also_must_match_and_wins_over_targets():

@@ -492,7 +492,8 @@ def worker(rank, kind, dtype, path):
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
         with pytest.raises(ValueError, match="adapt the model first: DDP averages only"):
-            inject_hyplora(nn.parallel.DistributedDataParallel(mlp(dtype)), "all-linear")
+            bare = nn.parallel.DistributedDataParallel(mlp(dtype))
+            inject_hyplora(torch.compile(bare), "all-linear")
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
