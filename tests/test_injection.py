@@ -156,7 +156,7 @@ def test_owners_that_read_the_weight_are_refused(tmp_path):
     assert type(layer.linear1) is nn.Linear and layer.linear1.weight.requires_grad
 
 
-def test_a_file_names_its_layers_whole_so_that_an_unfit_one_of_that_ending_does_not_matter(tmp_path):
+def test_a_file_names_its_layers_by_their_whole_names(tmp_path):
     def attention_and_a_layer_of_the_name_of_its_own():
         torch.manual_seed(0)
         return nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "out_proj": nn.Linear(8, 8)})
