@@ -405,9 +405,9 @@ def compile_hyplora(device=None):
     torch._functorch.config.donated_buffer = False. device: None is the CPU.
     """
     global hyplora_update
-    torch._dynamo.config.cache_size_limit = 64  # graphs: one for each shape and use
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        torch._dynamo.config.cache_size_limit = 64  # There is a graph for each shape and use.
         hyplora_update = torch.compile(hyplora_update, dynamic=True)
     except Exception as error:
         why = f"no compiler works here, so the adapters stay eager: {error!s:.80}"

@@ -192,6 +192,7 @@ GRID = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients_are_finite_and_right_against_float64(dtype):
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for token, gain, K in GRID:
         x = (token * F.normalize(X, dim=-1)).to(dtype).requires_grad_()
         a, b, k = (t.float().requires_grad_() for t in (A, gain * B, torch.tensor([K])))
@@ -199,7 +200,7 @@ def test_values_and_gradients_are_finite_and_right_against_float64(dtype):
         results = [y, *torch.autograd.grad(y.sum(), [x, a, b, k])]
         assert all(t.isfinite().all() for t in results), (token, gain, K)
         alone = torch.no_grad()(hyplora_update)(x, a, b, k)  # Then |BAx| is read off BAx.
-        assert (alone - y).norm() <= 8 * torch.finfo(dtype).eps * y.norm(), (token, gain, K)
+        assert (alone - y).norm() <= rounding * y.norm(), (token, gain, K)
         if dtype == torch.float32 and 0 < token <= 12 * K**0.5 < math.inf and gain > 0:
             exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
             want = hyplora_reference(*exact, K)

@@ -623,7 +623,7 @@ def main():
     args.words = sys.argv[1:]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     warnings.filterwarnings("ignore")
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.cache_size_limit = 64
     if args.any_shape:
         torch._dynamo.config.force_parameter_static_shapes = False
         torch.fx.experimental._config.use_duck_shape = False

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ def start_processes(device_type):
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" means this GPU from here on.
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if not is_main():
+        warnings.simplefilter("ignore")  # The main process warns for all, as it speaks for all.
 
 
 def end_processes():

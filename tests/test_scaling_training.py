@@ -262,7 +262,7 @@ def test_compiled_adapters_train_and_score_as_eager_ones_with_no_graph_for_a_len
 
 
 def test_where_no_compiler_works_one_line_says_so_and_the_adapters_are_the_eager_ones(
-    work, compile_with
+    work, compile_with, capsys
 ):
     def broken(graph, inputs):
         raise FileNotFoundError("there is no g++")
@@ -271,8 +271,11 @@ def test_where_no_compiler_works_one_line_says_so_and_the_adapters_are_the_eager
     finetune.main(options(work, "eager", *more))
     compile_with(broken)
     eager_update = hyplora.hyplora_update
-    with pytest.warns(UserWarning, match="(?s)adapters stay eager.*there is no g"):
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"(?s)adapters stay eager.*there is no g\+\+") as warned:
         finetune.main(options(work, "fallback", *more, "--compile"))
+    assert len([w for w in warned if "no compiler works here" in str(w.message)]) == 1
+    assert capsys.readouterr().err == ""
     assert hyplora.hyplora_update is eager_update
     fallback = adapters(work / "fallback")
     assert all(torch.equal(fallback[name], t) for name, t in adapters(work / "eager").items())
@@ -298,6 +301,21 @@ def test_two_sharded_processes_train_compiled_adapters(work):
     script = [*TWO, str(work / "compiled.py"), str(ROOT)]
     run(*script, *options(work, "two", *more, "--compile", "--shard"))
     assert close(adapters(work / "two"), adapters(work / "one"))
+
+
+def test_two_processes_without_a_compiler_warn_once(work):
+    nothing = str(work / "no-such-compiler")
+    env = {**os.environ, "CXX": nothing, "TORCHINDUCTOR_CACHE_DIR": str(work / "cache")}
+    arguments = options(work, "warned", "--adapter", "hyplora", "--steps", "1", "--compile")
+    done = subprocess.run(
+        [sys.executable, *TWO, "-m", "scaling.finetune", *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("so the adapters stay eager: ") == 1
 
 
 def test_an_error_of_the_main_process_ends_all_of_them(work):
