@@ -397,23 +397,6 @@ def hyplora_parameters(model):
     return [group for group in groups if group["params"]]
 
 
-def compile_hyplora(device=None):
-    """Compile the update for the layers of all models, or warn where no compiler works on device.
-
-    This happens once for each shape of layer and kind of use: training, a prompt, a single token.
-    What is saved does not change. A second backward pass over the same output needs
-    torch._functorch.config.donated_buffer = False. device: None is the CPU.
-    """
-    global hyplora_update
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        torch._dynamo.config.cache_size_limit = 64  # There is a graph for each shape and use.
-        hyplora_update = torch.compile(hyplora_update, dynamic=True)
-    except Exception as error:
-        why = f"no compiler works here, so the adapters stay eager: {error!s:.80}"
-        warnings.warn(why, stacklevel=2)
-
-
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context the model is its base, bit for bit, but for modules of train_also.
@@ -445,6 +428,7 @@ def hyplora_statistics(model, *args, **kwargs):
     Returns {name: {"square": |x|^2, "radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| /
     |BAx|, "phi_spread": phi's standard deviation}}, means over tokens, of the layers that saw any.
     Where the spread is near 0, HypLoRA is LoRA with alpha times phi. (While B is 0, phi is 1.)
+    Measure before compiling: compiled code does not call the hooks that look at the tokens.
     """
     layers = _named_modules(model, HypLoRALinear)
     _require(layers, "this model has no adapters; inject_hyplora(model, targets) adds them")
@@ -464,7 +448,6 @@ def hyplora_statistics(model, *args, **kwargs):
             stack.enter_context(layer.register_forward_pre_hook(look))
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # Compiled code has no hooks.
         model.eval()(*args, **kwargs)
 
     result = {}

@@ -259,7 +259,6 @@ def parse_arguments(argv):
     add("--width", type=int, default=64, help="of the GPT")
     add("--layers", type=int, default=2, help="of the GPT")
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
-    add("--compile", action="store_true", help="compile the update, which takes longer in all")
     add("--out", default="runs", help="folder for the adapters")
     return parser.parse_args(argv)
 
@@ -275,8 +274,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
     os.makedirs(args.out, exist_ok=True)
-    if args.compile:
-        hyplora.compile_hyplora(args.device)
 
     torch.manual_seed(0)
     model = GPT(args.width, args.layers, heads=4).to(args.device)

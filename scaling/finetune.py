@@ -22,7 +22,6 @@ import torch.distributed as dist
 from hyplora import (
     HypLoRALinear,
     calibrate_curvature,
-    compile_hyplora,
     hyplora_parameters,
     inject_hyplora,
     load_hyplora,
@@ -292,7 +291,6 @@ def build_parser():
         help="auto: a GPU, if any",
     )
     add(group, "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
-    add(group, "--compile", action="store_true", help="torch.compile HypLoRA's update")
     add(
         group,
         "--recompute",
@@ -733,8 +731,6 @@ def main(argv=None):
     if is_main():
         os.makedirs(args.out, exist_ok=True)
     scorer = Scorer(args, tokens, tests, device)
-    if args.compile:
-        compile_hyplora(device)
     if args.score_only is not None:
         rows = score_saved(args, scorer, device)
     else:

@@ -440,16 +440,6 @@ def test_onnx(tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(X).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_model_is_calibrated():
-    torch._dynamo.reset()
-    model, eager = adapted(), adapted()
-    compiled = torch.compile(model, backend="eager")
-    compiled(X)
-    found = calibrate_curvature(compiled, X)
-    assert found == calibrate_curvature(eager, X)
-    torch.testing.assert_close(compiled(X), eager(X))
-
-
 # --- several processes --------------------------------------------------------------------------
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("safetensors", reason="pip install safetensors")
 pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
-import hyplora
 from benchmarks.kill_and_resume import adapters, command, kill_and_resume, prepare
 from benchmarks.small_checkpoint import write_small_checkpoint, write_sums
 from hyplora import inject_hyplora, remove_hyplora
@@ -230,92 +228,6 @@ def test_processes_need_no_shared_disk(work):
     assert "| 7424 | 18.79 % |" in only
     assert len((work / "said.jsonl").read_text().splitlines()) == 3
     assert not list((work / "empty").iterdir())
-
-
-def close(got, want):
-    return all((got[name] - tensor).norm() < 1e-4 * tensor.norm() for name, tensor in want.items())
-
-
-def test_compiled_adapters_train_and_score_as_eager_ones_with_no_graph_for_a_length(
-    work, compile_with
-):
-    test = str(write_sums(work / "test.json", count=5))
-    more = ["--adapter", "hyplora", "--steps", "4", "--eval", test, "--max-new-tokens"]
-    eager = finetune.main(options(work, "eager", *more, "3"))
-    counter = CompileCounterWithBackend("aot_eager")
-    compile_with(counter)
-    compiled = finetune.main(options(work, "compiled", *more, "3", "--compile"))
-    assert close(adapters(work / "compiled"), adapters(work / "eager"))
-    assert compiled[1]["metrics"] == pytest.approx(eager[1]["metrics"], rel=1e-4)
-    # One is the trial. There are four shapes of layer, each trains, reads a prompt and generates a
-    # token, and the first block's q, k and v have inputs without a gradient.
-    graphs = counter.frame_count
-    assert 1 + 4 * 3 <= graphs <= 1 + 4 * 3 + 3
-    again = options(work, "again", *more, "9", "--compile", "--beams", "2", "--recompute")
-    finetune.main([*again, "--accumulate", "2", "--batch-size", "10"])
-    assert counter.frame_count == graphs
-    (adapter,) = (work / "eager").glob("sums-*.pt")
-    only = ["--checkpoint", str(work / "model"), "--score-only", str(adapter), "--eval", test]
-    row = finetune.main([*only, "--device", "cpu", "--max-new-tokens", "3", "--compile"])[0]
-    assert row["metrics"]["% test"] == eager[1]["metrics"]["% test"]
-    assert counter.frame_count == graphs
-
-
-def test_where_no_compiler_works_one_line_says_so_and_the_adapters_are_the_eager_ones(
-    work, compile_with, capsys
-):
-    def broken(graph, inputs):
-        raise FileNotFoundError("there is no g++")
-
-    more = ["--adapter", "hyplora", "--steps", "3"]
-    finetune.main(options(work, "eager", *more))
-    compile_with(broken)
-    eager_update = hyplora.hyplora_update
-    capsys.readouterr()
-    with pytest.warns(UserWarning, match=r"(?s)adapters stay eager.*there is no g\+\+") as warned:
-        finetune.main(options(work, "fallback", *more, "--compile"))
-    assert len([w for w in warned if "no compiler works here" in str(w.message)]) == 1
-    assert capsys.readouterr().err == ""
-    assert hyplora.hyplora_update is eager_update
-    fallback = adapters(work / "fallback")
-    assert all(torch.equal(fallback[name], t) for name, t in adapters(work / "eager").items())
-
-
-COMPILED = """
-import functools, sys, torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-sys.path.insert(0, sys.argv.pop(1))
-import hyplora
-from scaling.finetune import main
-from scaling.processes import leave
-main(sys.argv[1:])
-assert hasattr(hyplora.hyplora_update, "_torchdynamo_orig_callable")
-leave()
-"""
-
-
-def test_two_sharded_processes_train_compiled_adapters(work):
-    (work / "compiled.py").write_text(COMPILED)
-    more = ["--adapter", "hyplora", "--steps", "4"]
-    finetune.main(options(work, "one", *more))
-    script = [*TWO, str(work / "compiled.py"), str(ROOT)]
-    run(*script, *options(work, "two", *more, "--compile", "--shard"))
-    assert close(adapters(work / "two"), adapters(work / "one"))
-
-
-def test_two_processes_without_a_compiler_warn_once(work):
-    nothing = str(work / "no-such-compiler")
-    env = {**os.environ, "CXX": nothing, "TORCHINDUCTOR_CACHE_DIR": str(work / "cache")}
-    arguments = options(work, "warned", "--adapter", "hyplora", "--steps", "1", "--compile")
-    done = subprocess.run(
-        [sys.executable, *TWO, "-m", "scaling.finetune", *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("so the adapters stay eager: ") == 1
 
 
 def test_an_error_of_the_main_process_ends_all_of_them(work):

@@ -1,18 +1,12 @@
 """The toy: its sums, its model, and the whole script at its smallest."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_minimal
 
-ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
@@ -88,46 +82,6 @@ def test_calibration_can_be_left_out(tmp_path):
     measured, guessed = (torch.load(file, weights_only=True)["tensors"] for file in files)
     name = "blocks.0.mlp.down_proj.lora_K"
     assert abs(measured[name].item()) > 0.1 > abs(guessed[name].item())
-
-
-def adapters(folder):
-    return torch.load(folder / "subtract-HypLoRA-0.5-0.pt", weights_only=True)["tensors"]
-
-
-def test_compiled_it_learns_the_same_with_no_graph_for_another_batch_size(tmp_path, compile_with):
-    # This backend counts its graphs and compiles nothing to machine code, which takes long.
-    counter = CompileCounterWithBackend("aot_eager")
-    compile_with(counter)
-    argv = [*SMALL, "--batch-size", "12"]
-    train_minimal.main([*argv, "--out", str(tmp_path / "eager")])
-    assert counter.frame_count == 0
-    train_minimal.main([*argv, "--compile", "--out", str(tmp_path / "compiled")])
-    # One is the trial, 3 are scoring's, one for each shape of layer, and 4 are training's: the
-    # first layers have an input without a gradient.
-    assert counter.frame_count == 1 + 3 + 4
-    more = ["--batch-size", "24", "--seeds", "2", "--out", str(tmp_path / "more")]
-    train_minimal.main([*SMALL, "--compile", *more])
-    assert counter.frame_count == 1 + 3 + 4
-    compiled = adapters(tmp_path / "compiled")
-    for name, tensor in adapters(tmp_path / "eager").items():
-        assert (compiled[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
-
-
-def test_where_no_compiler_works_it_stays_eager_with_one_short_warning(tmp_path):
-    train_minimal.main([*SMALL, "--out", str(tmp_path / "eager")])
-    nothing = str(tmp_path / "no-such-compiler")
-    env = {**os.environ, "CXX": nothing, "PATH": nothing}
-    env.update(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
-    script = [sys.executable, "train_minimal.py", *SMALL, "--compile"]
-    script += ["--out", str(tmp_path / "fallback")]
-    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("Warning") == 1
-    assert "no compiler works here, so the adapters stay eager: " in done.stderr
-    assert len(done.stderr.splitlines()) <= 4
-    fallback = adapters(tmp_path / "fallback")
-    for name, tensor in adapters(tmp_path / "eager").items():
-        assert torch.equal(fallback[name], tensor), name
 
 
 def test_a_real_model_is_handed_over(monkeypatch):
