@@ -1,9 +1,8 @@
-"""The benchmarks of many processes: what they measure, and what they call the same.
+"""The benchmark of many processes: what it measures.
 
 pip install safetensors tokenizers
 """
 
-import math
 import os
 import subprocess
 import sys
@@ -15,23 +14,20 @@ import torch
 pytest.importorskip("safetensors", reason="pip install safetensors")
 pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
-from benchmarks.agree import Runs, difference, loss_difference
-from benchmarks.kill_and_resume import TORCHRUN, prepare
-from benchmarks.large_checkpoint import RECORDS, write_large_checkpoint, write_records
 from benchmarks.processes import RANK, SHAPES, STEP, TARGETS, Table
 from hyplora import hyplora_parameters, inject_hyplora
-from scaling.checkpoint import DEFAULTS, build_config, from_checkpoint
+from scaling.checkpoint import DEFAULTS, build_config
 from scaling.decoder import Decoder
-from scaling.records import Tokens, read_records
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def on_two(*arguments):
     """What two processes of torchrun print."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *TORCHRUN, "2", *arguments],
+        [sys.executable, "-W", "ignore", *TWO, *arguments],
         capture_output=True,
         text=True,
         env=ENV,
@@ -105,34 +101,3 @@ def test_the_shapes_have_the_sizes_of_the_published_models(shape, billions):
         model.model.layers
     )
     assert STEP.keys() == SHAPES.keys()
-
-
-def test_a_large_checkpoint_has_a_file_for_each_block_and_records_for_the_context(tmp_path):
-    write_large_checkpoint(tmp_path, "toy", "cpu")
-    write_records(tmp_path / "records.json")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
-    model = from_checkpoint(str(tmp_path), torch.bfloat16, torch.device("cpu"))
-    assert bool(model(torch.arange(8)[None]).isfinite().all())
-    records = read_records(str(tmp_path / "records.json"), Tokens(str(tmp_path)))
-    lengths = {len(record.prompt_ids + record.target_ids) for record in records}
-    assert len(records) == RECORDS
-    assert 900 < min(lengths) <= max(lengths) <= 1024
-
-
-def test_differences_are_relative_and_the_largest():
-    wanted = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(4)}
-    found = {"a": torch.tensor([3.0, 4.5]), "b": torch.ones(4)}
-    assert difference(found, wanted) == pytest.approx(0.1)
-    assert difference({"a": wanted["a"]}, wanted) == math.inf
-    assert loss_difference([2.0, 1.1], [2.0, 1.0]) == pytest.approx(0.1)
-    assert loss_difference([2.0], [2.0, 1.0]) == math.inf
-
-
-def test_sigterm_stops_two_processes_and_one_goes_on(tmp_path):
-    """Also on the way from a sharded base to a whole one: the state is the adapters' alone."""
-    prepare(tmp_path)
-    runs = Runs(tmp_path, "cpu")
-    straight, _ = runs.run("straight", 1, False, 60)
-    assert 6 <= runs.stop("stopped", 2, True, 60) < 60
-    resumed, _ = runs.run("stopped", 1, False, 60, "--resume")
-    assert difference(resumed, straight) < 1e-4

@@ -16,7 +16,6 @@ import torch
 pytest.importorskip("safetensors", reason="pip install safetensors")
 pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
-from benchmarks.kill_and_resume import adapters, command, kill_and_resume, prepare
 from benchmarks.small_checkpoint import write_small_checkpoint, write_sums
 from hyplora import inject_hyplora, remove_hyplora
 from scaling import finetune, training
@@ -32,7 +31,8 @@ torch.set_num_threads(1)
 @pytest.fixture
 def work(tmp_path):
     """A folder with a checkpoint (model) and training records (sums.json)."""
-    prepare(tmp_path)
+    write_small_checkpoint(tmp_path / "model")
+    write_sums(tmp_path / "sums.json")
     return tmp_path
 
 
@@ -56,25 +56,62 @@ def run(*arguments, cwd=ROOT):
     return done.stdout
 
 
-def test_killed_and_resumed_it_ends_bit_for_bit_where_an_uninterrupted_run_does():
-    hits, equal = kill_and_resume(steps=80, kills=2, seed=0)
-    assert hits >= 1  # On a busy machine a run can end before its second kill.
-    assert equal
+def adapters(out):
+    return torch.load(next(out.glob("sums-*.pt")), weights_only=True)["tensors"]
+
+
+def interrupted(signal_number, place, *arguments):
+    """Send a Python process a signal at a line of HypLoRA's: (what it prints then, its status)."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENV,
+        cwd=ROOT,
+    )
+    for line in process.stdout:
+        if line.startswith("HypLoRA") and place in line:
+            break
+    process.send_signal(signal_number)
+    return process.communicate()[0], process.returncode
+
+
+def test_killed_and_resumed_it_ends_bit_for_bit_where_an_uninterrupted_run_does(work):
+    more = ["--adapter", "hyplora", "--steps", "100", "--dropout", "0.1", "--save-every", "4"]
+    finetune.main(options(work, "straight", *more))
+    killed = options(work, "killed", *more)
+    _, status = interrupted(signal.SIGKILL, "30/100", "-m", "scaling.finetune", *killed)
+    assert status == -signal.SIGKILL
+    (state,) = (work / "killed").glob("state-*.pt")
+    assert torch.load(state, weights_only=True)["step"] in range(28, 100)
+    finetune.main([*killed, "--resume"])
+    straight = adapters(work / "straight")
+    assert all(torch.equal(tensor, straight[n]) for n, tensor in adapters(work / "killed").items())
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(work):
-    arguments = command(work, work / "out", 900)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
-    for line in process.stdout:
-        if line.startswith("HypLoRA") and "90/900" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate()[0]
-    assert process.returncode == 130
+    arguments = options(work, "out", "--adapter", "hyplora", "--steps", "900")
+    rest, status = interrupted(signal.SIGINT, "90/900", "-m", "scaling.finetune", *arguments)
+    assert status == 130
     assert "the same command with --resume goes on" in rest
     state = torch.load(next((work / "out").glob("state-*.pt")), weights_only=True)
     assert 90 <= state["step"] < 900
     assert f"stopped at step {state['step']}" in rest
+
+
+def test_sigterm_stops_two_processes_and_one_goes_on(work):
+    """Also on the way from a sharded base to a whole one: the state is the adapters' alone."""
+    more = ["--adapter", "hyplora", "--steps", "60"]
+    finetune.main(options(work, "straight", *more))
+    stopped = options(work, "stopped", *more)
+    two = [*TWO, "-m", "scaling.finetune", *stopped, "--shard"]
+    assert "the same command with --resume" in interrupted(signal.SIGTERM, "6/60", *two)[0]
+    (state,) = (work / "stopped").glob("state-*.pt")
+    assert 6 <= torch.load(state, weights_only=True)["step"] < 60
+    finetune.main([*stopped, "--resume"])
+    resumed = adapters(work / "stopped")
+    for name, tensor in adapters(work / "straight").items():
+        assert (resumed[name] - tensor).norm() < 1e-4 * tensor.norm(), name
 
 
 def test_a_full_disk_and_a_nan_loss_leave_a_usable_state(work, monkeypatch):
