@@ -1,4 +1,4 @@
-"""The methods of benchmarks/smollm2.py, and which runs to make next.
+"""The methods that benchmarks/smollm2.json compares, and the rate at which each was trained.
 
 A method's rate is chosen by validation loss on seeds that are not reported: first in factors of 4
 with one seed, on and on until the best is not at an edge, then in factors of 2 around it with two.
@@ -62,39 +62,26 @@ def methods():
     return table
 
 
-def layer_of(name):
-    """'model.layers.0.mlp.down_proj' -> 'down'"""
-    return name.rpartition(".")[2].removesuffix("_proj")
-
-
 METHODS = methods()
 
 
 def alpha_of(name, done):
-    """The method's alpha; a control's is that times the mean phi of its HypLoRA, or None."""
+    """The method's alpha; a control's is that times the mean phi of its HypLoRA."""
     method = METHODS[name]
     if not method.control_of:
         return method.alpha
-    rate = sweep(method.control_of, done)[1]
-    if not rate:
-        return None
+    rate = sweep(method.control_of, done)
     pair = [Run(method.control_of, rate, seed, method.alpha) for seed in SWEEP_SEEDS]
     phi = statistics.mean(done[run.key()]["phi"] for run in pair)
     return float(f"{method.alpha * phi:.4g}")
 
 
 def sweep(name, done):
-    """(runs that the choice of the rate still needs, the rate once there are none)."""
+    """The rate that was chosen."""
     alpha = alpha_of(name, done)
-    if alpha is None:
-        return [], None
     center = METHODS[name].rate
     if METHODS[name].control_of:
-        center = sweep(METHODS[name].control_of, done)[1]
-
-    def needed(rates, seeds):
-        runs = [Run(name, lr, seed, alpha) for lr in rates for seed in seeds]
-        return [run for run in runs if run.key() not in done]
+        center = sweep(METHODS[name].control_of, done)
 
     def loss(lr, seeds):
         losses = [done[Run(name, lr, seed, alpha).key()]["validation"] for seed in seeds]
@@ -104,33 +91,9 @@ def sweep(name, done):
     # First in factors of 4 with one seed, on and on until the best is not at an edge.
     rates = [center / 4, center, center * 4]
     while True:
-        missing = needed(rates, SWEEP_SEEDS[:1])
-        if missing:
-            return missing, None
         best = min(rates, key=lambda lr: loss(lr, SWEEP_SEEDS[:1]))
         if best not in (rates[0], rates[-1]) or len(rates) > 8:
             break
         rates = [rates[0] / 4, *rates] if best == rates[0] else [*rates, rates[-1] * 4]
     # Then in factors of 2 around it with all sweep seeds.
-    near = [best / 2, best, best * 2]
-    missing = needed(near, SWEEP_SEEDS)
-    return missing, None if missing else min(near, key=lambda lr: loss(lr, SWEEP_SEEDS))
-
-
-def is_late(run):
-    """The authors' layers are slow for their many small operations: they come last, together."""
-    return METHODS[run.method].kind in ("authors", "simplified")
-
-
-def plan(done, seeds, names=tuple(METHODS)):
-    """The runs of these methods that can be made now, the most important first."""
-    sweeps = []
-    reports = []
-    for name in names:
-        missing, rate = sweep(name, done)
-        sweeps += missing
-        if rate:
-            alpha = alpha_of(name, done)
-            reports += [Run(name, rate, seed, alpha) for seed in range(seeds)]
-    reports = [run for run in reports if run.key() not in done]
-    return sorted(sweeps + sorted(reports, key=lambda run: run.seed), key=is_late)
+    return min([best / 2, best, best * 2], key=lambda lr: loss(lr, SWEEP_SEEDS))

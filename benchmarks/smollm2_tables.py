@@ -1,4 +1,4 @@
-"""The tables and the picture of benchmarks/smollm2.py, from the results that it keeps."""
+"""The tables and the picture of benchmarks/smollm2.py."""
 
 import math
 import statistics
@@ -59,15 +59,14 @@ def difference(results, others, key, scale=1000):
 def sweep_table(runs):
     lines = []
     for name in METHODS:
-        alpha, (_, chosen) = alpha_of(name, runs), sweep(name, runs)
         losses = {}
         for result in runs.values():
             if result["method"] == name and result["seed"] in SWEEP_SEEDS:
                 losses.setdefault(result["lr"], []).append(result["validation"])
         if losses:
             tried = [f"{lr:.2g}: {statistics.mean(losses[lr]):.4f}" for lr in sorted(losses)]
-            best = f"{chosen:.2g}" if chosen else "not yet"
-            lines.append([name, f"{alpha:g}", best, ", ".join(tried)])
+            alpha, chosen = alpha_of(name, runs), sweep(name, runs)
+            lines.append([name, f"{alpha:g}", f"{chosen:.2g}", ", ".join(tried)])
     return table(["method", "alpha", "chosen rate", "rate: validation loss"], lines)
 
 
