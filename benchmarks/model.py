@@ -8,7 +8,6 @@ RESULTS.md as soon as it is finished, and a contender that fails is a row that s
 
     python -m benchmarks.model --shape toy 135m                   # on the CPU: minutes
     python -m benchmarks.model --shape 135m 1.5b 7b               # on a GPU
-    python -m benchmarks.model --scale                            # one table over all sizes
 
 Needs transformers and peft: pip install -r tests/requirements.txt
 """
@@ -23,19 +22,15 @@ import time
 import warnings
 
 import torch
-import torch._dynamo.config
-import torch.fx.experimental._config
 import torch.nn as nn
 import torch.nn.functional as F
 
-import hyplora
 from benchmarks.authors import authors_update, simplified_update
 from benchmarks.report import machine, ratio, reason, stamp, write_section
-from hyplora import HypLoRALinear, inject_hyplora
+from hyplora import inject_hyplora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BASELINE = "PEFT LoRA"
-EAGER_UPDATE = hyplora.hyplora_update
 RANK = 32
 
 # width, blocks, heads, key and value heads, width of the MLP, vocabulary, tied embeddings
@@ -159,15 +154,6 @@ def with_ours(curvature):
     return adapt
 
 
-def with_compiled_layers(model, rank):
-    """Base, adapter and sum of each layer in one compiled region."""
-    with_ours(0.5)(model, rank)
-    for layer in model.modules():
-        if isinstance(layer, HypLoRALinear):
-            layer.compile(dynamic=True)
-    return model
-
-
 def with_authors(kind):
     def adapt(model, rank):
         for owner in list(model.modules()):
@@ -185,20 +171,16 @@ CONTENDERS = {
     "PEFT LoRA, bfloat16 adapters": with_peft(wide=False),
     "our LoRA": with_ours(math.inf),
     "HypLoRA": with_ours(0.5),
-    "HypLoRA, compiled update": with_ours(0.5),
-    "HypLoRA, compiled layers": with_compiled_layers,
     "PEFT DoRA": with_peft(dora=True),
     "authors' hyplora": with_authors("hyplora"),
     "authors' hyplora_simplified": with_authors("hyplora_simplified"),
 }
-COMPILED_BLOCKS = (BASELINE, "base, frozen", "our LoRA", "HypLoRA")
 
 
 class Contender:
-    """A model with its adapters and optimizer, and the state of hyplora_update that it needs."""
+    """A model with its adapters and optimizer."""
 
-    def __init__(self, name, base, rank, compiled_update):
-        self.update = compiled_update if name == "HypLoRA, compiled update" else EAGER_UPDATE
+    def __init__(self, name, base, rank):
         self.model = CONTENDERS[name](sharing(base), rank)
         for key, p in self.model.named_parameters():
             if "lora_B" in key:
@@ -208,9 +190,6 @@ class Contender:
         if trained:
             fused = trained[0].is_cuda
             self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=fused)
-
-    def turn_on(self):
-        hyplora.hyplora_update = self.update
 
     def step(self, ids):
         """One training step."""
@@ -259,17 +238,16 @@ def attempt(action, failed, name, device):
     return None
 
 
-def in_turns(calls, device, rounds, budget, prepare):
+def in_turns(calls, device, rounds, budget):
     """({name: seconds of each round}, {name: why it failed}); rounds end when the budget is spent.
 
-    Each call is made twice before, for warming up; prepare(name) is called before each turn.
+    Each call is made twice before, for warming up.
     """
     failed = {}
     for name, call in calls.items():
         start = time.perf_counter()
 
         def warm():
-            prepare(name)
             call()
             call()
             wait(device)
@@ -285,7 +263,6 @@ def in_turns(calls, device, rounds, budget, prepare):
         for name in list(seconds):
 
             def turn():
-                prepare(name)
                 wait(device)
                 start = time.perf_counter()
                 calls[name]()
@@ -335,14 +312,11 @@ def step_table(contenders, ids, device, rounds, budget):
     calls = {}
     for name, contender in contenders.items():
         calls[name] = lambda contender=contender: contender.step(ids)
-    seconds, failed = in_turns(
-        calls, device, rounds, budget, lambda name: contenders[name].turn_on()
-    )
+    seconds, failed = in_turns(calls, device, rounds, budget)
     peaks = {}
     kernels = {}
     for name in seconds:
         contender = contenders[name]
-        contender.turn_on()
         peaks[name] = attempt(lambda: peak_bytes(contender, ids, device), {}, name, device)
         kernels[name] = attempt(lambda: kernels_of(contender, ids, device), {}, name, device)
     lines = [
@@ -408,7 +382,6 @@ def graph_seconds(contenders, ids, device, rounds, tokens):
         return {}
     graphs = {}
     for name, contender in contenders.items():
-        contender.turn_on()
         made = attempt(lambda: graph_of_a_token(contender.model, ids), {}, name, device)
         if made is not None:
             graphs[name] = made
@@ -420,7 +393,7 @@ def graph_seconds(contenders, ids, device, rounds, tokens):
     calls = {}
     for name, (graph, _) in graphs.items():
         calls[name] = lambda graph=graph: replay(graph)
-    return in_turns(calls, device, rounds, 2, lambda name: None)[0]
+    return in_turns(calls, device, rounds, 2)[0]
 
 
 def decode_table(contenders, vocabulary, device, rounds, budget, tokens=16, prompt=128):
@@ -444,7 +417,6 @@ def decode_table(contenders, vocabulary, device, rounds, budget, tokens=16, prom
             if number >= 4 and time.perf_counter() > end:
                 break
             for name in list(seconds):
-                contenders[name].turn_on()
                 model = contenders[name].model
                 took = attempt(lambda: generate(model, ids, tokens, device), failed, name, device)
                 if took is None:
@@ -471,21 +443,10 @@ def decode_table(contenders, vocabulary, device, rounds, budget, tokens=16, prom
     return "\n".join(lines)
 
 
-def compiled_blocks_table(base, ids, device, args):
-    """Training with every block of the model compiled, base included."""
-    contenders = make(COMPILED_BLOCKS, base, args)
-    for contender in contenders.values():
-        for module in contender.model.modules():
-            if type(module).__name__.endswith("DecoderLayer"):
-                module.compile(dynamic=False)
-    return step_table(contenders, ids, device, args.rounds, args.seconds)
-
-
 def make(names, base, args):
-    compiled_update = torch.compile(EAGER_UPDATE, dynamic=True)
     contenders = {}
     for name in names:
-        made = attempt(lambda: Contender(name, base, RANK, compiled_update), {}, name, args.device)
+        made = attempt(lambda: Contender(name, base, RANK), {}, name, args.device)
         if made is not None:
             contenders[name] = made
     return contenders
@@ -514,8 +475,8 @@ def whole_model(shape, args):
     say(f"{shape}: built after {time.perf_counter() - start:.1f} s")
     names = args.only or [name for name in CONTENDERS if name not in args.without]
     where = machine(device)
-    parts = {"step", "decode", "compiled"} if args.parts is None else set(args.parts)
-    contenders = make(names, base, args) if parts & {"step", "decode"} else {}
+    parts = {"step", "decode"} if args.parts is None else set(args.parts)
+    contenders = make(names, base, args)
     say(f"{shape}: contenders made after {time.perf_counter() - start:.1f} s")
 
     def step():
@@ -538,68 +499,6 @@ def whole_model(shape, args):
         say(f"{shape}: {part} done after {time.perf_counter() - start:.1f} s")
     contenders.clear()
     clean(device)
-    if "compiled" in parts and (shape in ("toy", "135m") or args.parts is not None):
-        title = f"A training step of {shape}, every block compiled: {where}"
-        lines = attempt(lambda: compiled_blocks_table(base, ids, device, args), {}, title, device)
-        if lines is not None:
-            publish(title, lines, args)
-        say(f"{shape}: compiled done after {time.perf_counter() - start:.1f} s")
-
-
-def scale_cases(device):
-    """(width, batch, length, rank): one axis at a time around one case."""
-    if device == "cpu":
-        centre = dict(width=128, batch=2, length=64, rank=8)
-        axes = dict(batch=(1, 4), length=(16, 256), rank=(8, 32), width=(64, 256))
-    else:
-        centre = dict(width=2048, batch=4, length=1024, rank=32)
-        axes = dict(
-            batch=(1, 4, 16), length=(256, 4096), rank=(8, 128, 256), width=(512, 1024, 4096)
-        )
-    for axis, values in axes.items():
-        for value in values:
-            yield {**centre, axis: value}
-
-
-def scale_table(args):
-    """Tokens/s of four blocks, for our LoRA and HypLoRA."""
-    lines = [
-        "| width | batch | length | rank | LoRA, tokens/s | HypLoRA, tokens/s | time over LoRA |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    names = ("our LoRA", "HypLoRA")
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    for case in scale_cases(args.device):
-        width = case["width"]
-        head = " | ".join(str(case[axis]) for axis in ("width", "batch", "length", "rank"))
-
-        def measure():
-            shape = ("Llama", width, 4, width // 64, width // 64, 3 * width, 8192, True)
-            base = build(shape, args.device, dtype)
-            ids = torch.randint(0, 8192, (case["batch"], case["length"]), device=args.device)
-            contenders = {name: Contender(name, base, case["rank"], None) for name in names}
-            calls = {}
-            for name, contender in contenders.items():
-                calls[name] = lambda contender=contender: contender.step(ids)
-            return in_turns(
-                calls, args.device, args.rounds, 4, lambda name: contenders[name].turn_on()
-            )
-
-        failed = {}
-        result = attempt(measure, failed, head, args.device)
-        clean(args.device)
-        if result is None or result[1]:
-            why = failed or result[1]
-            lines.append(f"| {head} | {'; '.join(why.values())} | | |")
-            continue
-        seconds = result[0]
-        speeds = []
-        for name in names:
-            tokens = case["batch"] * case["length"]
-            speeds.append(f"{tokens / statistics.median(seconds[name]):,.0f}")
-        lines.append(f"| {head} | {' | '.join(speeds)} | {ratio(*reversed(seconds.values()))} |")
-        say(lines[-1])
-    return "\n".join(lines)
 
 
 def main():
@@ -607,31 +506,21 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[])
-    parser.add_argument("--parts", nargs="+", choices=["step", "decode", "compiled"])
+    parser.add_argument("--parts", nargs="+", choices=["step", "decode"])
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders")
     parser.add_argument("--without", nargs="+", default=[], help="leave these contenders out")
-    parser.add_argument("--scale", action="store_true", help="the table over sizes")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=30, help="the budget of a table's rounds")
     parser.add_argument("--dry-run", action="store_true", help="leave RESULTS.md as it is")
-    parser.add_argument(
-        "--any-shape", action="store_true", help="compile the adapter once for all shapes of layers"
-    )
     args = parser.parse_args()
     args.words = sys.argv[1:]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     warnings.filterwarnings("ignore")
-    torch._dynamo.config.cache_size_limit = 64
-    if args.any_shape:
-        torch._dynamo.config.force_parameter_static_shapes = False
-        torch.fx.experimental._config.use_duck_shape = False
     for shape in args.shape:
         attempt(lambda: whole_model(shape, args), {}, shape, args.device)
         clean(args.device)
-    if args.scale:
-        publish(f"The cost of scale, four blocks: {machine(args.device)}", scale_table(args), args)
 
 
 if __name__ == "__main__":
