@@ -10,7 +10,7 @@ It prints:
     lora_K is without weight decay: True
 
 AdapterCheckpoints is the answer. It is a mix-in of four methods, which stands in front of the
-trainer's class. It serves the Trainer of transformers, TRL's SFTTrainer and DPOTrainer, and the
+trainer's class. It serves the Trainer of transformers, TRL's SFTTrainer and the
 SentenceTransformerTrainer alike:
 
     class HypLoRATrainer(AdapterCheckpoints, Trainer):

@@ -33,11 +33,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
     "transformers_trainer": ["transformers", "accelerate"],
-    "dpo_reference": ["transformers", "trl", "datasets"],
     "peft_variant": ["transformers", "peft"],
-    "peft_to_hyplora": ["transformers", "peft"],
     "variants": [],
-    "two_adapters": [],
 }
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -106,26 +103,40 @@ STEPS = dict(
 )
 
 
+def tokenizer():
+    """A tokenizer for the numbers from 3 to 63, which are its words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{str(i): i for i in range(3, 64)}}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words_only, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 def transformers_trainer(folder):
     return example("transformers_trainer").make_trainer(folder)
 
 
 def sft_trainer(folder):
-    dpo = example("dpo_reference")
+    trl = pytest.importorskip("trl", reason="pip install trl datasets")
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
-    class HypLoRASFTTrainer(dpo.AdapterCheckpoints, SFTTrainer):
+    module = example("transformers_trainer")
+
+    class HypLoRASFTTrainer(module.AdapterCheckpoints, trl.SFTTrainer):
         pass
 
-    model = dpo.small_model()
+    model = module.small_model()
     inject_hyplora(model, ["q_proj", "v_proj"], rank=4, dropout=0.1)
     text = [" ".join(str(start + i) for i in range(8)) for start in range(3, 35)]
     return HypLoRASFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=folder, bf16=False, **STEPS),
+        args=trl.SFTConfig(output_dir=folder, bf16=False, **STEPS),
         train_dataset=Dataset.from_dict({"text": text}),
-        processing_class=dpo.tokenizer(),
+        processing_class=tokenizer(),
     )
 
 
@@ -145,7 +156,7 @@ def sentence_transformer(folder):
     )
     path = os.path.join(folder, "bert")
     transformers.BertModel(config).save_pretrained(path)
-    example("dpo_reference").tokenizer().save_pretrained(path)
+    tokenizer().save_pretrained(path)
     encoder = Transformer(path)
     return sentences.SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu")
 
@@ -216,71 +227,6 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     content = torch.load(tmp_path / f"checkpoint-{best}" / "hyplora.pt")
     for name, p in hyplora_state_dict(trainer.model).items():
         assert torch.equal(p, content["tensors"][name])
-
-
-# --- DPO ----------------------------------------------------------------------------------------
-
-
-def log_probability(model, prompt, answer):
-    """log p(answer | prompt), one token after the other."""
-    total = 0.0
-    for i in range(len(answer)):
-        logits = model(input_ids=torch.tensor([prompt + answer[:i]])).logits[0, -1]
-        total = total + logits.log_softmax(dim=-1)[answer[i]]
-    return total
-
-
-@pytest.mark.parametrize("keep_adapters", [False, True], ids=["base", "first adapter"])
-def test_the_loss_of_dpo_is_the_one_computed_by_hand(keep_adapters, tmp_path):
-    dpo = example("dpo_reference")
-    model = dpo.small_model().eval()
-    base = copy.deepcopy(model)
-    inject_hyplora(model, ["q_proj", "v_proj"], rank=4)
-    torch.manual_seed(0)
-    randomize(model)
-    first = copy.deepcopy(model)
-    reference = dpo.reference_model(model, keep_adapters)
-    with torch.no_grad():
-        randomize(model)  # The model moves on, the reference does not.
-        expected_reference = first if keep_adapters else base
-        assert torch.equal(reference(IDS).logits, expected_reference(IDS).logits)
-        assert not torch.equal(reference(IDS).logits, model(IDS).logits)
-
-    trainer = dpo.make_trainer(model, reference, str(tmp_path), max_steps=1)
-    batch = next(iter(trainer.get_train_dataloader()))
-    got = trainer.compute_loss(model, batch).item()
-    losses = []
-    count = len(batch["input_ids"]) // 2
-    for i in range(count):
-        margin = 0.0
-        for row, sign in ((i, 1), (i + count, -1)):
-            ids = batch["input_ids"][row]
-            answer = batch["completion_mask"][row].bool()
-            padding = ~batch["attention_mask"][row].bool()
-            prompt = ids[~answer & ~padding].tolist()
-            with torch.no_grad():
-                ours = log_probability(model, prompt, ids[answer].tolist())
-                theirs = log_probability(expected_reference, prompt, ids[answer].tolist())
-            margin = margin + sign * (ours - theirs)
-        losses.append(-F.logsigmoid(trainer.beta * margin).item())
-    assert got == pytest.approx(sum(losses) / count, rel=1e-4)
-    assert got != pytest.approx(math.log(2), rel=1e-3)
-
-
-def test_the_reference_has_no_second_base():
-    dpo = example("dpo_reference")
-    model = dpo.small_model()
-    inject_hyplora(model, "all-linear", rank=4)
-    for keep_adapters in (False, True):
-        reference = dpo.reference_model(model, keep_adapters)
-        for name, p in reference.named_parameters():
-            assert not p.requires_grad
-            if keep_adapters:
-                shared = p.data_ptr() == model.get_parameter(name).data_ptr()
-                assert shared == ("lora_" not in name)
-    bases = {p.data_ptr() for p in model.parameters()}
-    assert all(p.data_ptr() in bases for p in dpo.reference_model(model).parameters())
-    assert model.model.layers[0].self_attn.q_proj.lora_A.requires_grad
 
 
 # --- HypLoRA inside PEFT ------------------------------------------------------------------------
@@ -390,54 +336,6 @@ def test_the_variant_saves_resumes_and_keeps_adapters_apart(tmp_path):
         plain = variant.PeftModel.from_pretrained(variant.small_model(), tmp_path)
     with pytest.raises(ValueError, match="first adapter"):
         variant.calibrate(plain, input_ids=IDS)
-
-
-# --- from PEFT's LoRA ---------------------------------------------------------------------------
-
-
-def peft_lora(**options):
-    convert = example("peft_to_hyplora")
-    torch.manual_seed(0)
-    config = convert.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **options)
-    return randomize(convert.get_peft_model(convert.small_model(), config)).eval()
-
-
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
-def test_a_converted_adapter_is_exact_at_curvature_infinity(options):
-    convert = example("peft_to_hyplora")
-    with torch.no_grad():
-        wanted = peft_lora(**options)(IDS).logits
-        model = convert.from_peft(peft_lora(**options), curvature=math.inf)
-        torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-6, atol=1e-6)
-        bent = convert.from_peft(peft_lora(**options), curvature=0.5)
-        assert not torch.allclose(bent(IDS).logits, wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_matched_lengths_have_loras_mean():
-    convert = example("peft_to_hyplora")
-    model = convert.from_peft(peft_lora(), curvature=0.5)
-    layers = adapters_of(model)
-    unscaled = {name: layer.lora_B.clone() for name, layer in layers.items()}
-    scales = convert.match_lengths(model, input_ids=IDS)
-    seen = {}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda m, inputs, name=name: seen.update({name: inputs[0]}))
-    with torch.no_grad():
-        model(input_ids=IDS)
-        for name, layer in layers.items():
-            lora = seen[name] @ layer.lora_A.T @ unscaled[name].T
-            x, A, B = (t.double() for t in (seen[name], layer.lora_A, layer.lora_B))
-            update = hyplora_reference(x, A, B, layer.K.double())
-            torch.testing.assert_close(layer.lora_B, scales[name] * unscaled[name])
-            wanted = lora.double().norm(dim=-1).mean()
-            torch.testing.assert_close(update.norm(dim=-1).mean(), wanted, rtol=1e-4, atol=0)
-
-
-def test_what_is_more_than_A_and_B_is_refused():
-    convert = example("peft_to_hyplora")
-    for options in ({"use_dora": True}, {"rank_pattern": {"q_proj": 2}}):
-        with pytest.raises(ValueError, match="DoRA|one rank"):
-            convert.from_peft(peft_lora(**options))
 
 
 # --- DoRA and AdaLoRA ---------------------------------------------------------------------------
@@ -608,13 +506,15 @@ def test_a_pruned_lambda_leaves_a_hyplora_of_lower_rank():
     torch.testing.assert_close(layer(X), layer.base(X) + update.float())
 
 
-# --- the README's before and after --------------------------------------------------------------
+# --- the README's snippets -----------------------------------------------------------------------
 
 
 def snippets():
-    """{title: diff} of examples/README.md."""
+    """{title: diff or program} of examples/README.md."""
     text = (ROOT / "examples" / "README.md").read_text()
-    return dict(re.findall(r"### (.+?)\n(?:(?!###)[^`]|`(?!``))*```diff\n(.*?)```", text, re.S))
+    return dict(
+        re.findall(r"### (.+?)\n(?:(?!###)[^`]|`(?!``))*```(?:diff|python)\n(.*?)```", text, re.S)
+    )
 
 
 def sides(diff):
@@ -674,6 +574,67 @@ def test_the_snippets_run_before_and_after_the_change(title, tmp_path, monkeypat
 def one_linear_of(width):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, 32), nn.Tanh(), nn.Linear(32, width))
+
+
+def test_two_adapters_stand_on_one_base():
+    generator = torch.Generator().manual_seed(0)
+    tasks = {name: torch.randn(2, 8, 16, generator=generator) for name in ("one", "two")}
+    made = {}
+
+    def train(model, x, y):
+        assert not any(layer.lora_B.any() for layer in adapters_of(model).values())
+        optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=1e-2)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        made[len(made)] = model(X).detach()
+
+    namespace = {"model": one_linear_of(16), "tasks": tasks, "train": train}
+    exec(snippets()["Two adapters on one base"], namespace)
+    assert torch.equal(namespace["model"](X), made[0])
+    assert not torch.equal(made[0], made[1])
+
+
+def test_dpo_starts_from_a_reference_that_shares_the_base(tmp_path):
+    trl = pytest.importorskip("trl", reason="pip install trl datasets")
+    from datasets import Dataset
+
+    rows = []
+    for start in range(10, 26):
+        upwards, downwards = (" ".join(str(start + i * s) for i in range(1, 5)) for s in (1, -1))
+        rows.append({"prompt": f"{start} ", "chosen": upwards, "rejected": downwards})
+    options = dict(output_dir=str(tmp_path), bf16=False, beta=1.0, logging_steps=1)
+    arguments = dict(
+        args=trl.DPOConfig(**options, **STEPS | {"save_strategy": "no"}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    model = example("transformers_trainer").small_model().eval()
+    base = copy.deepcopy(model)
+    found = {"model": model, "arguments": arguments}
+    exec(snippets()["DPO's reference without a second base"], found)
+    reference = found["reference"]
+    ours = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in ours for p in reference.parameters())
+    assert torch.equal(reference(IDS).logits, base(IDS).logits)
+    losses = [log["loss"] for log in found["trainer"].state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("curvature", ["", ", curvature=float('inf')"], ids=["0.5", "infinity"])
+def test_a_lora_of_pefts_is_the_start_and_at_infinity_the_result(curvature):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(example("transformers_trainer").small_model(), config)
+    wanted = randomize(model).eval()(IDS).logits.detach()
+    program = snippets()["Starting from a LoRA that PEFT trained"]
+    program = program.replace("alpha=config.lora_alpha", f"alpha=config.lora_alpha{curvature}")
+    namespace = {"peft_model": model, "batches": [{"input_ids": IDS}]}
+    exec(program, namespace)
+    assert len(adapters_of(namespace["model"])) == 6
+    logits = namespace["model"](IDS).logits.detach()
+    assert torch.allclose(logits, wanted, rtol=1e-6, atol=1e-6) == bool(curvature)
 
 
 # --- the rest of the field test -----------------------------------------------------------------
