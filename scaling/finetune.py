@@ -260,13 +260,6 @@ def build_parser():
         default=True,
         help="batch records of similar length (default)",
     )
-    add(
-        group,
-        "--on-bad",
-        choices=["skip", "stop"],
-        default="skip",
-        help="what an unusable record does",
-    )
 
     group = parser.add_argument_group("scoring")
     add(group, "--score-only", metavar="ADAPTER", help="score this saved adapter, train nothing")
@@ -363,12 +356,12 @@ def read_all(args, tokens):
     """(training records, {path: test records}) of the files that the options name."""
     records = []
     if args.data is not None:
-        records = read_records(args.data, tokens, args.cutoff, args.on_bad, args.over_cutoff)
+        records = read_records(args.data, tokens, args.cutoff, args.over_cutoff)
         if args.loss_on == "answer":
             records = with_answers(args.data, records)
     tests = {}
     for path in args.eval:
-        tests[path] = read_records(path, tokens, on_bad=args.on_bad, for_scoring=True)
+        tests[path] = read_records(path, tokens, for_scoring=True)
     return records, tests
 
 

@@ -7,7 +7,6 @@ The paper's files are JSON lists of {"instruction", "input", "output", "answer"}
 import hashlib
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 
@@ -328,58 +327,8 @@ def text_field(record, name, needed=True):
     return value
 
 
-@dataclass
-class Broken:
-    """In place of a record that is not JSON."""
-
-    reason: str
-
-
-def parse_json(text):
-    """The JSON value, or Broken for whatever Python's reader refuses or chokes on."""
-    try:
-        return json.loads(text)
-    except ValueError as error:  # It is not JSON, or has a number of too many digits.
-        return Broken(str(error))
-    except RecursionError:
-        return Broken("the JSON is nested too deeply")
-
-
-# Where a record of a JSON list seems to begin: from here a list is read on after a broken one.
-NEXT_RECORD = re.compile(r',\s*(?=\{\s*")')
-SPACE = re.compile(r"\s*")
-
-
-def split_list(text):
-    """The elements of a JSON list that json.loads does not take, with Broken for those at fault.
-
-    A broken element ends where the next record seems to begin, or else with the list.
-    """
-    decoder = json.JSONDecoder()
-    elements = []
-    place = SPACE.match(text, text.index("[") + 1).end()
-    while place < len(text) and text[place] != "]":
-        try:
-            element, end = decoder.raw_decode(text, place)
-            end = SPACE.match(text, end).end()
-            if text[end : end + 1] not in (",", "]"):
-                raise ValueError("the list goes on without a comma or ends without a bracket")
-        except (ValueError, RecursionError) as error:
-            deep = isinstance(error, RecursionError)
-            element = Broken("the JSON is nested too deeply" if deep else str(error))
-            match = NEXT_RECORD.search(text, place)
-            end = len(text) if match is None else match.start()
-        elements.append(element)
-        if text[end : end + 1] == ",":
-            end = SPACE.match(text, end + 1).end()
-        place = end
-    if text[place + 1 :].strip():
-        elements.append(Broken("there is text behind the end of the list"))
-    return elements
-
-
 def read_elements(path):
-    """The records of a file: a JSON list's elements or JSON lines', with Broken for those at fault.
+    """The records of a file: a JSON list's elements or JSON lines'. What is not JSON ends the run.
 
     Text is UTF-8, with or without a byte order mark, whatever the locale says; bytes that are not
     become half pairs, which text_field refuses. A line ends at a line feed and nowhere else.
@@ -390,18 +339,28 @@ def read_elements(path):
     except OSError as error:
         sys.exit(f"{path} cannot be read: {error.strerror}")
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    whole = parse_json(text)
-    if text.lstrip().startswith("["):
-        return split_list(text) if isinstance(whole, Broken) else whole
-    if not isinstance(whole, Broken):
-        return [whole]  # one record, perhaps over several lines
-    return [parse_json(line) for line in text.split("\n") if line.strip()]
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            sys.exit(f"{path} is not JSON: {error}")
+        return read_lines(path, text)
+    return whole if isinstance(whole, list) else [whole]  # one record, perhaps over several lines
+
+
+def read_lines(path, text):
+    elements = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                elements.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                sys.exit(f"{path}, line {number} is not JSON: {error}")
+    return elements
 
 
 def read_record(element, position, tokens, for_scoring, cutoff, over_cutoff):
     """An element of read_elements -> Record. Raises ValueError that says why it cannot be used."""
-    if isinstance(element, Broken):
-        raise ValueError(element.reason)
     if not isinstance(element, dict):
         raise ValueError(f"a record is a JSON object, and this is {str(element)[:20]!r}")
     instruction = text_field(element, "instruction")
@@ -421,15 +380,13 @@ def read_record(element, position, tokens, for_scoring, cutoff, over_cutoff):
     return Record(position, instruction, prompt_ids, target_ids)
 
 
-def read_records(
-    path, tokens, cutoff=None, on_bad="skip", over_cutoff="leave-out", for_scoring=False
-):
+def read_records(path, tokens, cutoff=None, over_cutoff="leave-out", for_scoring=False):
     """A file of records -> a list of Record.
 
     for_scoring: read instruction, input and answer, at any length; else instruction, input and
     output, and a record of more than `cutoff` tokens is left out ("leave-out") or cut ("truncate").
-    What is wrong with a record is said with its position. on_bad: "skip" leaves it out and counts
-    it, "stop" ends the run there. A file without a usable record ends the run.
+    What is wrong with a record is said with its position, and it is left out and counted. A file
+    without a usable record ends the run.
     """
     elements = read_elements(path)
     records = []
@@ -440,8 +397,6 @@ def read_records(
             record = read_record(element, position, tokens, for_scoring, cutoff, over_cutoff)
         except ValueError as error:
             bad += 1
-            if on_bad == "stop":
-                sys.exit(f"{path}, record {position}: {error} (--on-bad skip goes on)")
             if bad <= 3:
                 say(f"{path}, record {position}: {error}: left out")
             continue
