@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ from hyplora import (
 from scaling.checkpoint import FAMILIES, from_checkpoint, read_config, read_json
 from scaling.decoder import Decoder
 from scaling.processes import (
-    decided_by_main,
     end_processes,
     is_main,
     leave,
@@ -603,27 +601,6 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
     return seconds
 
 
-def load_adapter(base, path):
-    """Put a saved adapter on the base; the main process reads the file for all."""
-    content = decided_by_main(read_bytes, path)
-    if is_main():
-        load_hyplora(base, path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, "adapter.pt")
-        with open(copy, "wb") as file:
-            file.write(content)
-        load_hyplora(base, copy)
-
-
-def read_bytes(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        sys.exit(f"the adapter {path} cannot be read: {error.strerror}")
-
-
 def ended_curvatures(model):
     """K / in_features of each adapted layer whose K is finite."""
     found = []
@@ -678,7 +655,7 @@ def read_inputs(args):
     tokens = Tokens(args.checkpoint, template)
     args.template = tokens.template
     say(f"prompts: {tokens.template}; an answer ends with token {tokens.end}")
-    records, tests = decided_by_main(read_all, args, tokens)
+    records, tests = read_all(args, tokens)
     for path, read in {args.data: records, **tests}.items():
         check_vocabulary(path, read, config.vocab_size)
     if args.score_only is None:
@@ -737,8 +714,8 @@ def score_saved(args, scorer, device):
     base = load_base(args, device)
     base_size = sum(parameter.numel() for parameter in base.parameters())
     try:
-        load_adapter(base, args.score_only)
-    except ValueError as error:
+        load_hyplora(base, args.score_only)
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     row = {
         "name": os.path.splitext(os.path.basename(args.score_only))[0],

@@ -1,4 +1,4 @@
-"""What the processes of one run agree on: who speaks, and what the main one decides for all.
+"""What the processes of one run agree on: who speaks, where they start, and what they sum.
 
 With one process, everything here is what it would be without this file.
 """
@@ -53,27 +53,6 @@ def leave():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def decided_by_main(function, *arguments):
-    """What function(*arguments) returns on the main process, on every process.
-
-    Only the main process calls it. So it alone decides what a file holds and whether it exists, and
-    the others need not see its disk. If it raises or exits, every process ends with the same error.
-    """
-    if not dist.is_initialized():
-        return function(*arguments)
-    outcome = [None, None]
-    if is_main():
-        try:
-            outcome = [function(*arguments), None]
-        except (Exception, SystemExit) as error:
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
 
 
 def sum_over_processes(tensor):

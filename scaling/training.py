@@ -23,7 +23,6 @@ from hyplora import (
 )
 from scaling.processes import (
     Progress,
-    decided_by_main,
     is_main,
     rank_and_count,
     say,
@@ -165,11 +164,7 @@ def write_state(path, state):
 
 
 def read_state(path):
-    """The state that write_state saved, or None; the main process reads it for all."""
-    return decided_by_main(read_state_here, path)
-
-
-def read_state_here(path):
+    """The state that write_state saved, or None."""
     if not os.path.exists(path):
         return None
     try:

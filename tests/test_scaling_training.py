@@ -43,14 +43,14 @@ def options(work, out, *more):
     ]
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments):
     """What a Python process with these arguments prints."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],
         capture_output=True,
         text=True,
         env=ENV,
-        cwd=cwd,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -230,44 +230,21 @@ def test_each_process_and_step_drops_other_elements(monkeypatch):
     assert drawn(0, 0) != drawn(1, 0) != drawn(1, 1)
 
 
-ELSEWHERE = """
-import os, sys
-if os.environ["RANK"] == "1":
-    os.makedirs("empty", exist_ok=True)
-    os.chdir("empty")
-sys.path.insert(0, sys.argv.pop(1))
-from scaling.finetune import main
-from scaling.processes import leave
-main(sys.argv[1:])
-leave()
-"""
+def test_two_processes_score_a_saved_adapter_as_one_does(work):
+    test = str(write_sums(work / "test.json", count=3))
+    scoring = ["--eval", test, "--max-new-tokens", "3", "--device", "cpu"]
+    path = finetune.main(options(work, "out", "--adapter", "lora", "--steps", "3"))[1]["path"]
+    only = ["--checkpoint", str(work / "model"), "--score-only", path, *scoring]
+    finetune.main([*only, "--predictions", str(work / "one.jsonl")])
+    printed = run(*TWO, "-m", "scaling.finetune", *only, "--predictions", str(work / "two.jsonl"))
+    assert "| 7424 | 18.79 % |" in printed
+    said = (work / "two.jsonl").read_text()
+    assert len(said.splitlines()) == 3 and said == (work / "one.jsonl").read_text()
+    with pytest.raises(SystemExit, match="No such file.*none.pt"):
+        finetune.main([*only, "--score-only", "none.pt"])
 
 
-def test_processes_need_no_shared_disk(work):
-    """The second process sees the checkpoint, but no data, no state and no adapter."""
-    (work / "elsewhere.py").write_text(ELSEWHERE)
-    write_sums(work / "test.json", count=3)
-    start = [
-        *TWO,
-        "elsewhere.py",
-        str(ROOT),
-        "--checkpoint",
-        str(work / "model"),
-        "--device",
-        "cpu",
-    ]
-    scoring = ["--eval", "test.json", "--max-new-tokens", "3", "--predictions", "said.jsonl"]
-    training = ["--data", "sums.json", "--adapter", "lora", "--out", "out", *scoring]
-    run(*start, *training, "--steps", "3", cwd=work)
-    assert "going on from step 3" in run(*start, *training, "--steps", "3", "--resume", cwd=work)
-    (adapter,) = (work / "out").glob("sums-*.pt")
-    only = run(*start, "--score-only", str(adapter.relative_to(work)), *scoring, cwd=work)
-    assert "| 7424 | 18.79 % |" in only
-    assert len((work / "said.jsonl").read_text().splitlines()) == 3
-    assert not list((work / "empty").iterdir())
-
-
-def test_an_error_of_the_main_process_ends_all_of_them(work):
+def test_an_error_ends_all_processes(work):
     arguments = options(work, "out", "--steps", "2", "--resume")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *TWO, "-m", "scaling.finetune", *arguments],
