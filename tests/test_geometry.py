@@ -26,12 +26,12 @@ def randn(*shape, seed=0):
 # --- delta ----------------------------------------------------------------------------------------
 
 
-def delta_written_out(D, base):
+def delta_written_out(D):
     """Gromov's definition, on lists."""
     n = len(D)
 
     def product(i, j):
-        return (D[i][base] + D[j][base] - D[i][j]) / 2
+        return (D[i][0] + D[j][0] - D[i][j]) / 2
 
     delta = 0
     for i in range(n):
@@ -72,23 +72,20 @@ def random_tree(n, seed=0):
     return shortest_paths(weights)
 
 
-@pytest.mark.parametrize("base", [0, 7])
 @pytest.mark.parametrize("block", [4, 128])
-def test_delta_is_its_definition_written_out(base, block, monkeypatch):
+def test_delta_is_its_definition_written_out(block, monkeypatch):
     monkeypatch.setattr(geometry, "BLOCK", block)
     points = randn(30, 4)
     D = torch.cdist(points, points)
-    expected = pytest.approx(delta_written_out(D.tolist(), base), rel=1e-6)
-    assert delta_hyperbolicity(distances=D, base=base) == expected
-    assert delta_hyperbolicity(points, base=base) == pytest.approx(
-        delta_hyperbolicity(distances=D, base=base), rel=1e-5
-    )
+    expected = pytest.approx(delta_written_out(D.tolist()), rel=1e-6)
+    assert delta_hyperbolicity(distances=D) == expected
+    assert delta_hyperbolicity(points) == pytest.approx(delta_hyperbolicity(distances=D), rel=1e-5)
 
 
 def test_the_largest_delta_of_all_base_points_is_the_four_point_condition():
     points = randn(14, 3)
     D = torch.cdist(points, points)
-    over_bases = [delta_hyperbolicity(distances=D, base=base) for base in range(14)]
+    over_bases = [delta_hyperbolicity(distances=D.roll((i, i), (0, 1))) for i in range(14)]
     assert max(over_bases) == pytest.approx(four_point_delta(D.tolist()), rel=1e-6)
     assert max(over_bases) <= 2 * min(over_bases) + 1e-6
 
@@ -103,8 +100,7 @@ def test_the_papers_value_of_a_sphere():
     """The paper gives 0.99. The distance is the angle, and the supremum is 1."""
     points = F.normalize(randn(1000, 3), dim=-1)
     angles = (points @ points.T).clamp(-1, 1).acos().fill_diagonal_(0)
-    mean, std = delta_hyperbolicity(distances=angles, sample=700, repeats=3)
-    assert 0.95 < mean < 1 and std < 0.03
+    assert 0.95 < delta_hyperbolicity(distances=angles) < 1
 
 
 def test_points_far_out_in_hyperbolic_space_are_nearly_a_tree():
@@ -126,15 +122,6 @@ def test_delta_does_not_depend_on_the_unit_of_length_and_is_0_for_one_point():
     assert delta_hyperbolicity(points[:1].expand(5, 5)) == 0
 
 
-def test_delta_of_samples_has_a_spread_around_the_exact_value():
-    points = randn(300, 8)
-    mean, std = delta_hyperbolicity(points, sample=150, repeats=5)
-    assert std > 0
-    assert abs(mean - delta_hyperbolicity(points)) < 0.1
-    assert (mean, std) == delta_hyperbolicity(points, sample=150, repeats=5, seed=0)
-    assert (mean, std) != delta_hyperbolicity(points, sample=150, repeats=5, seed=1)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -149,12 +136,6 @@ def test_delta_of_samples_has_a_spread_around_the_exact_value():
         ({"distances": torch.ones(3, 3)}, "diagonal of zeros"),
         ({"distances": torch.ones(3, 3).triu(1)}, "symmetric"),
         ({"distances": -torch.ones(3, 3)}, "negative"),
-        ({"points": randn(4, 3), "base": 4}, "base is 4, .* 0 to 3"),
-        ({"points": randn(4, 3), "base": -1}, "base is -1"),
-        ({"points": randn(4, 3), "base": 0, "sample": 2}, "give sample or base"),
-        ({"points": randn(4, 3), "sample": 5}, "sample is 5, .* 1 to 4"),
-        ({"points": randn(4, 3), "sample": 0}, "sample is 0"),
-        ({"points": randn(4, 3), "sample": 2, "repeats": 1}, "repeats is 1"),
     ],
 )
 def test_delta_refuses(arguments, message):
