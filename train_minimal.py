@@ -15,10 +15,13 @@ import os
 import statistics
 import sys
 import time
+import warnings
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+with warnings.catch_warnings():  # The newest torch warns where there is no NumPy; none is needed.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
 
 import hyplora
 
