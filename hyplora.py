@@ -1,5 +1,4 @@
 """HypLoRA: low-rank adaptation in hyperbolic space, in one file that needs nothing but PyTorch.
-
 Yang et al., "Hyperbolic Fine-Tuning for Large Language Models", NeurIPS 2025, arXiv 2410.04010.
 
 LoRA adapts a frozen linear layer W with two thin matrices: z = W x + scaling * B A x. HypLoRA takes
@@ -8,26 +7,27 @@ the product with BA in hyperbolic space instead, which curves away from its orig
     z = W x + scaling * logmap0(llr(expmap0(x); B, A)),       scaling = alpha / rank
 
 expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. The
-curvature of the space is -1/K, and lengths are in units of sqrt K. Let r = |x| be the radius of a
-token and g = |BAx| / |x| the gain. Both updates point along BAx, and their lengths r' are
+paper calls K > 0 the curvature; that of the space is -1/K, so that a larger K is flatter. Let
+r = |x| / sqrt K be the radius of a token, and g = |BAx| / |x| the gain. Both updates point along
+BAx, and their radii r' are
 
     LoRA:  r' = g r                    HypLoRA:  sinh r' = g sinh r    (the law of sinh)
+
+With x = 1.4, BA = 0.5 and K = 1, LoRA's update is 0.5 * 1.4 = 0.70, and HypLoRA's is
+asinh(0.5 * sinh 1.4) = asinh(0.5 * 1.90) = 0.85.
 
 Usage:
 
     inject_hyplora(model, "all-linear", rank=8)        # freezes the model and adds the adapters
     calibrate_curvature(model, sample_inputs)          # fits K to the lengths in this model
-    optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=3e-4)
-    ...                                                # train as usual
+    optimizer = torch.optim.AdamW(hyplora_parameters(model), lr=3e-4)    # train as usual, then
     save_hyplora(model, "adapter.pt")                  # load_hyplora(bare_model, "adapter.pt")
-
-The method ends with inject_hyplora, and you can stop there. The rest is for use.
 """
 
 import contextlib
 import math
 import os
-import re
+import tempfile
 import warnings
 
 import torch
@@ -40,6 +40,7 @@ import torch.nn.functional as F
 # p = (p0, p1, ..., pd) with -p0^2 + p1^2 + ... + pd^2 = -K and p0 > 0. The coordinate p0 is called
 # time, the others are called space. The lowest point, (sqrt K, 0, ..., 0), is the origin, and the
 # vectors of a network live in the tangent space there: the flat space that touches the sheet.
+# K is a number or a tensor of one element. Results are float32 or wider, and inf or NaN beyond.
 
 
 def lorentz_inner(p, q):
@@ -47,56 +48,45 @@ def lorentz_inner(p, q):
     return (p[..., 1:] * q[..., 1:]).sum(dim=-1) - p[..., 0] * q[..., 0]
 
 
-def _squared_length(v):
-    """|v|^2, summed in float32 or wider: (..., d) -> (..., 1)."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return v.square().sum(dim=-1, keepdim=True, dtype=wide)
+def widen(v):
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
-def _radius(squared_length, K):
-    """A length in units of sqrt K, from its square.
-
-    For length 0 it is 1e-18, so that sinh(r) / r is 1 there and not 0 / 0. Float32 ends at 3e38;
-    the gradient of a division by K would reach that sooner than this product with 1/K. hardtanh is
-    a clamp with a cheaper backward.
-    """
-    return F.hardtanh(squared_length * K**-1, 1e-36, 3e38).sqrt()
+def length(v):
+    """|v|: (..., d) -> (..., 1), at least 1e-36, by squares that neither overflow nor vanish."""
+    v = widen(v)
+    largest = v.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-36)
+    squares = (v / largest).square().sum(dim=-1, keepdim=True)
+    return largest * squares.clamp(min=1).sqrt()  # The sum is below 1 for v = 0 alone.
 
 
 def expmap0(v, K):
-    """The exponential map lifts a vector to a point as far from the origin as the vector is long.
-
-        expmap0(v) = ( sqrt K cosh(|v|/sqrt K),  sqrt K sinh(|v|/sqrt K) v/|v| )
-
-    v: (..., d). K: a positive number or a tensor of one element. Returns (..., d+1), time first.
+    """( sqrt K cosh(|v|/sqrt K),  sqrt K sinh(|v|/sqrt K) v/|v| ): (..., d) -> (..., d+1).
+    The exponential map lifts a vector to a point as far from the origin as the vector is long.
     """
-    r = _radius(_squared_length(v), K)
+    r = (length(v) / K**0.5).clamp(min=1e-18)  # So sinh(r) / r is 1 for v = 0, and not 0 / 0.
     time = K**0.5 * torch.cosh(r)
-    space = torch.sinh(r) / r * v
+    stretch = torch.sinh(r) / r
+    space = (stretch * v).masked_fill((v == 0) & stretch.isinf(), 0)  # There, inf * 0 is NaN.
     return torch.cat([time, space], dim=-1)
 
 
 def logmap0(p, K):
-    """The logarithmic map at the origin brings a point back down: the inverse of expmap0.
-
-        logmap0(p) = sqrt K asinh(|p_s|/sqrt K) p_s/|p_s|,      where p_s is the space part of p
-
-    p: (..., d+1), time first. Returns (..., d).
+    """sqrt K asinh(|p_s|/sqrt K) p_s/|p_s|, where p_s is the space part: (..., d+1) -> (..., d).
+    The logarithmic map brings a point back down: it is the inverse of expmap0.
     """
     space = p[..., 1:]
-    s = _radius(_squared_length(space), K)
+    s = (length(space) / K**0.5).clamp(min=1e-18)
     return torch.asinh(s) / s * space
 
 
 def llr(p, A, B, K):
-    """The Lorentz low-rank transformation (LLR) multiplies space by BA and computes time anew.
-
-        llr(p; B, A) = ( sqrt(|BA p_s|^2 + K),  BA p_s )
-
-    p: (..., d_in+1). A: (rank, d_in). B: (d_out, rank). Returns (..., d_out+1).
+    """( sqrt(|BA p_s|^2 + K),  BA p_s ): (..., d_in+1) -> (..., d_out+1).
+    The Lorentz low-rank transformation (LLR) multiplies space by BA and computes time anew.
     """
-    space = p[..., 1:] @ A.T @ B.T
-    time = (space.square().sum(dim=-1, keepdim=True) + K).sqrt()
+    space = widen(p[..., 1:]) @ widen(A).T @ widen(B).T
+    time = torch.hypot(length(space), torch.as_tensor(K).to(space) ** 0.5)
     return torch.cat([time, space], dim=-1)
 
 
@@ -104,47 +94,35 @@ def llr(p, A, B, K):
 
 
 def hyplora_reference(x, A, B, K):
-    """The update as the paper writes it, in float32 or float64. Arguments: as in hyplora_update."""
+    """The update as the paper writes it. Arguments: as in hyplora_update."""
     return logmap0(llr(expmap0(x, K), A, B, K), K)
 
 
+def radii(x, lora, K):
+    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. Unlike length, it copies none."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
+    squares = torch.cat(squares, dim=-1).clamp(min=1e-36)
+    roots = squares / squares.sqrt()  # Where a square overflows, this is inf / inf, which is NaN.
+    return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
+
+
 def hyplora_update(x, A, B, K, max_radius=12.0):
-    """The same update by the law of sinh: sinh r' = g sinh r, with lengths in units of sqrt K.
+    """The same update by the law of sinh: sinh r' = g sinh r.
 
     No step above reads time, so follow space alone. expmap0 stretches x to the length sinh r, llr
     multiplies that by the gain g, and logmap0 takes the asinh of the product. What remains is BAx
-    with another length. At K = infinity it is BAx itself: LoRA. A token with a radius above
-    max_radius is treated as if it lay there (the authors do so too), as sinh would overflow.
+    with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, a token beyond
+    max_radius is treated as if it lay there (the authors do so, too).
 
     x: (..., d_in), any float dtype. A: (rank, d_in). B: (d_out, rank). K: a positive number or a
-    tensor of one element, infinity included. Returns (..., d_out). The products and the result have
-    the dtype of x, or float32 if that is float16. Lengths are in float32 or wider.
+    tensor of one element, or infinite. Returns (..., d_out) in the dtype of x (float16: float32).
     """
-    if x.dtype == torch.float16:
-        x = x.float()  # Numbers on the way can be larger than 65504, where float16 ends.
-    h = F.linear(x, A.to(x.dtype))
-    if not (torch.is_grad_enabled() or torch.jit.is_tracing()):  # A trace may be trained later.
-        lora = F.linear(h, B.to(x.dtype))
-        phi = _phi(_squared_length(x), _squared_length(lora), K, max_radius)
-        return phi.to(x.dtype) * lora
-
-    # The backward pass would need BAx for its length. But BAx = Bh is as long as the square root
-    # of h^T (B^T B) h, which needs only the short vector h.
-    wide_h = h.to(torch.promote_types(x.dtype, torch.float32))
-    wide_B = B.to(wide_h.dtype)
-    G = wide_B.T @ wide_B
-    lora_squared = (wide_h @ G * wide_h).sum(dim=-1, keepdim=True)
-    phi = _phi(_squared_length(x), lora_squared, K, max_radius)
-    return F.linear((phi * wide_h).to(x.dtype), B.to(x.dtype))
-
-
-def _phi(x_squared, lora_squared, K, max_radius):
-    """The law of sinh: phi = |update| / |BAx|, from |x|^2 and |BAx|^2."""
-    both = torch.cat([x_squared, lora_squared], dim=-1)
-    r, lora_r = _radius(both, K).chunk(2, dim=-1)
-    gain = lora_r / r
-    new_r = torch.asinh(gain * torch.sinh(F.hardtanh(r, 0, max_radius)))  # sinh r' = g sinh r
-    return new_r / lora_r
+    x = x.float() if x.dtype == torch.float16 else x  # Squares of float16 overflow soon.
+    lora = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(x.dtype)
+    r, lora_r = radii(x, lora, K)
+    new_r = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=max_radius)))  # sinh r' = g sinh r
+    return (new_r / lora_r).to(x.dtype) * lora
 
 
 # --- The layer ----------------------------------------------------------------------------------
@@ -154,436 +132,368 @@ class HypLoRALinear(nn.Module):
     """A linear layer with a HypLoRA adapter: base(x) + scaling * hyplora_update(x, A, B, K).
 
     base: nn.Linear, the Conv1D of transformers, or a module with in_features and out_features.
-    rank, alpha: the rank of BA; the update is scaled by alpha / rank.
+    rank, alpha: the rank of BA; the update is multiplied by scaling = alpha / rank, after logmap0.
     dropout: the share of the adapter's input that is dropped while training.
-    curvature: K / u^2, so that larger is flatter (the paper's name), where u is the length of a
-        typical token, whose radius is 1/sqrt(curvature). u^2 starts as in_features, and
-        calibrate_curvature measures it. math.inf is plain LoRA.
-    learn_curvature, max_radius: whether K is trained, and the bound of hyplora_update.
+    curvature: K / u^2, where u is the length of a typical token at this layer. Such a token has the
+        radius 1/sqrt(curvature), so that larger is flatter; math.inf is plain LoRA.
 
     The parameters are float32: lora_A (rank, in_features), drawn as in LoRA; lora_B (out_features,
-    rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, where K = curvature *
-    in_features * exp(lora_K). The output has the base's dtype (in float16 it ends at 65504).
-
-    Raises TypeError if base is not a linear layer, ValueError if an option is outside its range.
+    rank) and lora_K (1,), zero, so that a fresh adapter changes nothing. The buffer lora_unit (1,)
+    is u, sqrt(in_features) until calibrate_curvature measures it. The output has the base's dtype.
+    Raises TypeError if base is no linear layer, and ValueError if an option is out of range.
     """
 
-    def __init__(
-        self, base, rank=8, alpha=16, dropout=0, curvature=0.5, learn_curvature=True, max_radius=12
-    ):
+    def __init__(self, base, rank=8, alpha=16, dropout=0, curvature=0.5):
         super().__init__()
-        self.options = dict(rank=rank, alpha=alpha, dropout=dropout, curvature=curvature)
-        self.options.update(learn_curvature=learn_curvature, max_radius=max_radius)
-        _check(base, **self.options)
-        self.base = base
-        self.in_features, self.out_features = _features(base)
+        if features_of(base) is None or hasattr(base, "lora_A"):
+            raise TypeError(f"only a bare linear layer can be adapted, got {type(base).__name__}")
+        self.options = dict(rank=int(rank), alpha=float(alpha), dropout=float(dropout))
+        self.options["curvature"] = float(curvature)
+        if not (rank >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1 and curvature >= 1e-12):
+            ranges = "rank >= 1, 0 < alpha < inf, 0 <= dropout < 1, curvature >= 1e-12"
+            raise ValueError(f"options must be within {ranges}, got {self.options}")
+        self.in_features, self.out_features = features_of(base)
         self.scaling = alpha / rank
-        self.curvature = curvature
-        self.max_radius = max_radius
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.enabled = True
+        self.disabled = 0  # This is the number of disable_hyplora contexts that are open.
         device = next((t.device for t in [*base.parameters(), *base.buffers()]), None)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
-        self.lora_K = nn.Parameter(torch.empty(1, device=device))  # Sharding refuses the shape ().
-        self.lora_K.requires_grad_(learn_curvature and curvature < math.inf)
+        self.lora_K = nn.Parameter(torch.empty(1, device=device))
+        self.lora_K.requires_grad_(self.options["curvature"] < math.inf)
+        self.register_buffer("lora_unit", torch.empty(1, device=device))
         self.reset_parameters()
+        # As far as tensors go, the layer is its base: both use the same tables of parameters,
+        # buffers and children, so that the weight keeps its name and lora_A stands beside it. The
+        # base itself goes past __setattr__, which would make it a child with names of its own.
+        self.__dict__["base"] = base
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            getattr(base, table).update(getattr(self, table))
+            self.__dict__[table] = getattr(base, table)
         self.train(base.training)
-        self.register_state_dict_post_hook(HypLoRALinear._save_without_base)
 
     def reset_parameters(self):
         """Make the adapter a fresh one, also after the layer was moved off the meta device."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         nn.init.zeros_(self.lora_K)
+        nn.init.constant_(self.lora_unit, math.sqrt(self.in_features))
 
     @property
     def K(self):
-        """K > 0, where -1/K is the curvature of the space: a tensor of shape (1,)."""
-        wide = torch.promote_types(self.lora_K.dtype, torch.float32)
-        return self.curvature * self.in_features * self.lora_K.to(wide).exp()
+        """curvature * u^2 * exp(lora_K), a tensor of shape (1,)."""
+        return self.options["curvature"] * widen(self.lora_unit) ** 2 * widen(self.lora_K).exp()
+
+    enabled = property(lambda self: self.disabled == 0, doc="False within disable_hyplora.")
 
     def forward(self, x, *args, **kwargs):
         """x: (..., in_features) -> (..., out_features). Further arguments reach the base."""
         out = self.base(x, *args, **kwargs)
         if not self.enabled:
             return out
-        x = self.dropout(x.to(out.dtype))
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            if self.curvature == math.inf:
-                update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-            else:
-                update = hyplora_update(x, self.lora_A, self.lora_B, self.K, self.max_radius)
-            result = torch.add(out, update, alpha=self.scaling)  # out + scaling * update
-        if out.dtype == torch.float16:
-            result = result.clamp(-65504, 65504).to(torch.float16)
-        return result
+        x = F.dropout(x.to(out.dtype), self.options["dropout"], self.training)
+        if self.options["curvature"] == math.inf:
+            update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        else:
+            update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
+        return torch.add(out, update.to(out.dtype), alpha=self.scaling)  # out + scaling * update
 
-    # Some models read these: T5 asks for wo.weight.dtype.
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
+    def train(self, mode=True):
+        self.base.train(mode)
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # A quantized base has more:
+        self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, *args):
+        self.base._load_from_state_dict(*args)
 
     def extra_repr(self):
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
-    # In a state dict, the base's tensors have the names that they have without an adapter.
-
-    def _save_without_base(self, state_dict, prefix, local_metadata):
-        for key in self.base.state_dict(prefix=f"{prefix}base."):
-            state_dict[prefix + key.removeprefix(f"{prefix}base.")] = state_dict.pop(key)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = {f"{prefix}{name}": p for name, p in self.named_parameters(recurse=False)}
-        for key in [key for key in state_dict if key.startswith(prefix) and key not in own]:
-            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        if own.keys().isdisjoint(state_dict):
-            state_dict.update(own)  # A checkpoint of the base leaves the adapter as it is.
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # --- Injection ----------------------------------------------------------------------------------
 
 
-def inject_hyplora(model, targets, train_also=(), **layer_options):
+def inject_hyplora(model, targets, **layer_options):
     """Freeze the model and wrap the linear layers that targets names, in place.
 
     targets: "all-linear" (every linear layer but the output head), or a list of name endings such
-    as ["q_proj", "v_proj"]. train_also: a list of name endings of modules that stay trainable and
-    are saved with the adapters, such as ["classifier"]. layer_options: those of HypLoRALinear. A
-    layer in two places gets one adapter, under its first name. Returns the adapted names. Do this
-    before DDP or sharding, which would not average the gradients of adapters that come later.
-
-    Raises ValueError or TypeError, with the model unchanged, if an ending matches nothing that can
-    be adapted, if the model is adapted or in DDP already, or if an option is wrong.
+    as ["q_proj", "v_proj"]. layer_options: those of HypLoRALinear. Returns the adapted names. Adapt
+    the model before it is compiled, sharded or in DDP. Afterwards, switch on what else shall train,
+    such as a new head: model.classifier.requires_grad_(True). It is saved with the adapters. Raises
+    ValueError or TypeError, with the model unchanged, if an ending matches no linear layer, if the
+    model is adapted, sharded or in DDP already, or if an option is out of range.
     """
-    also = _find(model, train_also, callable)
-    linears = _find_linears(model, targets, also)
-    layers = {name: HypLoRALinear(linear, **layer_options) for name, linear in linears.items()}
-    _put_in_place(model, layers, also)
-    return list(layers)
+    names = find_linear_layers(model, targets)
+    wrap_layers(model, {name: layer_options for name in names})
+    return names
 
 
-# That was the method. The rest of this section is what it calls.
-
-
-def _require(fits, message):
-    if not fits:
-        raise ValueError(message)
-
-
-def _check(base, rank, dropout, learn_curvature, **positive):
-    if _features(base) is None or isinstance(base, HypLoRALinear):
-        raise TypeError(f"only a bare linear layer can be adapted, got a {type(base).__name__}")
-    _require(_features(base)[0], "a lazy linear layer has no shape yet: run the model once first")
-    offloaded = hasattr(base, "_hf_hook") and any(p.is_meta for p in base.parameters())
-    _require(not offloaded, "the layer's weights are offloaded: load the model on one device")
-    _require(type(rank) is int and rank > 0, f"rank must be a positive whole number, got {rank!r}")
-    share = type(dropout) in (int, float) and 0 <= dropout < 1
-    _require(share, f"dropout must be from 0 to below 1, got {dropout!r}")
-    for name, value in positive.items():
-        fits = type(value) in (int, float) and value >= 1e-12
-        _require(fits, f"{name} must be a Python number of at least 1e-12, got {value!r}")
-    _require(positive["alpha"] < math.inf, "alpha must be finite")
-    _require(positive["max_radius"] <= 80, "max_radius must be at most 80, as sinh overflows there")
-
-
-def _features(module):
+# That was the method. What follows is what inject_hyplora calls.
+def features_of(module):
     """(in_features, out_features) of anything that acts as a linear layer, or None."""
-    if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-        return module.in_features, module.out_features
-    if hasattr(module, "nf") and hasattr(module, "weight"):
-        return tuple(module.weight.shape)  # transformers' Conv1D: x W + b, with W of (in, out)
-    return None
+    d_in = getattr(module, "in_features", getattr(module, "nx", None))  # nx and nf are those of
+    d_out = getattr(module, "out_features", getattr(module, "nf", None))  # transformers' Conv1D.
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
-def _named_modules(model, kind=nn.Module):
-    """{name: module}, with names as they are without compilation, DDP or averaging around them."""
-    while list(model._modules) in (["module"], ["_orig_mod"]):
-        model = next(model.children())
-    marks = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-    return {re.sub(marks, "", n): m for n, m in model.named_modules() if isinstance(m, kind)}
-
-
-def _find(model, endings, fits):
-    """{name: module} of those that fit and have one of the endings; each ending must occur."""
-    is_list = isinstance(endings, (list, tuple, set))
-    _require(is_list, f'expected "all-linear" or a list of name endings, got {endings!r}')
-    modules = _named_modules(model)
-    linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if _features(m)})
-    for ending in endings:
-        named = [m for name, m in modules.items() if f".{name}".endswith(f".{ending}")]
-        kinds = ", ".join({type(m).__name__ for m in named}) or "nothing"
-        message = f"{ending!r} names {kinds}; linear layers here: {', '.join(linears)}"
-        _require(any(fits(m) for m in named), message)
-    suffixes = tuple(f".{ending}" for ending in endings)
-    return {name: m for name, m in modules.items() if fits(m) and f".{name}".endswith(suffixes)}
-
-
-def _find_linears(model, targets, also):
-    """{name: linear layer} that targets asks for, but for those inside the modules of also."""
-    modules = _named_modules(model)
-    left_out = {inner for module in also.values() for inner in module.modules()}
+def find_linear_layers(model, targets):
+    """The names of the linear layers that targets asks for. Raises what inject_hyplora raises."""
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if features_of(module)]
     if targets == "all-linear":
         heads = {"lm_head", "embed_out", "head", "score", "classifier"}
-        bodies = {name: m for name, m in modules.items() if heads.isdisjoint(name.split("."))}
-        found = {name: m for name, m in bodies.items() if _features(m)}
-        if hasattr(model, "get_output_embeddings"):
-            left_out.add(model.get_output_embeddings())
+        names = [name for name in linears if heads.isdisjoint(name.split("."))]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name in names if modules[name] is not head]
     else:
-        found = _find(model, targets, _features)
-    found = _fit(modules, found, refuse=targets != "all-linear")
-    found = {name: m for name, m in found.items() if m not in left_out}
-    _require(found, "no linear layer is left to adapt, without heads, train_also, and the like")
-    return found
+        endings = tuple(f".{ending}" for ending in targets)
+        names = [name for name in linears if f".{name}".endswith(endings)]
+        missing = [e for e in endings if not any(f".{name}".endswith(e) for name in names)]
+        if missing or isinstance(targets, str):
+            raise ValueError(f"no linear layer for {missing} of {targets!r}, among {linears[:20]}")
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # They call no layer.
+    unused = [name for name in names if isinstance(modules[name.rpartition(".")[0]], readers)]
+    if unused and targets != "all-linear":
+        raise ValueError(f"these can't be adapted, as their owner reads the weight alone: {unused}")
+    if unused:
+        warnings.warn(f"left out, as their owner reads the weight alone: {unused}", stacklevel=3)
+    if names == unused or "" in names:
+        raise ValueError("no layer within the model is left; HypLoRALinear(layer) wraps a lone one")
+    return [name for name in names if name not in unused]
 
 
-def _fit(modules, linears, refuse):
-    """The linear layers that can be adapted; the others are refused, or else left out."""
-    marks = ("lora_A", "base_layer", "peft_config")  # Adapters, ours or PEFT's, have one of these.
-    adapted = [m for m in modules.values() if any(hasattr(m, mark) for mark in marks)]
-    _require(not adapted, "adapted already: first call remove_hyplora, or unload() PEFT adapters")
-    readers = [nn.MultiheadAttention]
-    if torch.backends.mha.get_fastpath_enabled():
-        readers.append(nn.TransformerEncoderLayer)
-    embeddings = {m.weight for m in modules.values() if isinstance(m, nn.Embedding)}
-    fit = {}
-    for name, layer in linears.items():
-        read = isinstance(modules[name.rpartition(".")[0]], tuple(readers))
-        tied = getattr(layer, "weight", None) in embeddings
-        why = f"{name} can't be adapted: its owner reads the weight and never calls it"
-        _require(not (refuse and read), why)
-        _require(not (refuse and tied), f"{name} is tied to an embedding: untie it first")
-        if read:
-            warnings.warn(why, stacklevel=4)
-        elif not tied:
-            fit[name] = layer
-    return fit
+def wrap_layers(model, options, tensors=None):
+    """Freeze the model, wrap {name: options}, and set the tensors; or change nothing and raise."""
+    classes = {c for module in model.modules() for c in type(module).__mro__}
+    if HypLoRALinear in classes or any(c.__module__.startswith("peft.") for c in classes):
+        raise ValueError("the model has adapters: call remove_hyplora, or unload() of PEFT, first")
+    parallel = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    shards = [p for p, _ in flags if hasattr(p, "device_mesh") or hasattr(p, "ds_id")]
+    if shards or parallel & {c.__name__ for c in classes}:
+        raise ValueError("adapt the model before it is sharded or put into DDP")
+    modules = dict(model.named_modules())
+    layers = {}
+    try:
+        for p in model.parameters():
+            p.requires_grad_(False)
+            p.hyplora_version = p._version  # torch counts how often a tensor was written to.
+        for name, layer_options in options.items():
+            layers[modules[name]] = HypLoRALinear(modules[name], **layer_options)
+        replace_modules(model, layers)
+        if tensors is not None:
+            set_hyplora_state_dict(model, tensors)
+    except BaseException:
+        replace_modules(model, layers)
+        remove_hyplora(model)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        raise
 
 
-def _put_in_place(model, layers, also):
-    """Freeze the model, then put the layers around their bases wherever these stand."""
-    _require("" not in layers, "the model is the layer itself: wrap it with HypLoRALinear(model)")
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    _require(not wrapped, "adapt the model first: DDP averages only what trained when it was made")
-    model.requires_grad_(False)
-    _replace(model, {layer.base: layer for layer in layers.values()})
-    for module in also.values():
-        module.requires_grad_(True)
-        module.hyplora_train_also = True
-    trained = {buffer for module in also.values() for buffer in module.buffers()}
-    buffers = {name: b for name, b in model.named_buffers() if b not in trained}
-    moving = [name for name in buffers if name.endswith(("running_mean", "_u"))]
-    if moving:
-        how = "training mode changes them, and the base with them: keep them in eval mode"
-        warnings.warn(f"{', '.join(moving)}: {how}", stacklevel=3)
-
-
-def _replace(model, swap):
+def replace_modules(model, replacements):
+    """Put replacements[module] wherever such a module stands in the model."""
     for owner in list(model.modules()):
         for name, child in owner._modules.items():
-            owner._modules[name] = swap.get(child, child)
+            owner._modules[name] = replacements.get(child, child)
 
 
-# --- Training and switching ---------------------------------------------------------------------
+# --- Training, switching and measuring ----------------------------------------------------------
+
+
+def hyplora_layers(model):
+    """{name: layer} of the adapted layers of the model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, HypLoRALinear)}
 
 
 def hyplora_parameters(model):
-    """The trainable parameters as optimizer groups; lora_K is in one without weight decay."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _require(trainable, "nothing trains in this model; inject_hyplora(model, targets) adapts it")
-    curvatures = [trainable.pop(name) for name in list(trainable) if name.endswith("lora_K")]
-    groups = [{"params": [*trainable.values()]}, {"params": curvatures, "weight_decay": 0.0}]
+    """What trains, as optimizer groups; lora_K is in one without weight decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    curvatures = [trained.pop(name) for name in list(trained) if name.endswith("lora_K")]
+    groups = [{"params": [*trained.values()]}, {"params": curvatures, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 @contextlib.contextmanager
 def disable_hyplora(model):
-    """Within this context the model is its base, bit for bit, but for modules of train_also.
-
-    It is one switch for all threads that run the model.
+    """Within this context, for all threads, the model is its frozen base, bit for bit. Contexts may
+    overlap. Where checkpointing repeats a forward pass, backward() belongs into the context, too.
     """
-    layers = [m for m in model.modules() if isinstance(m, HypLoRALinear) and m.enabled]
+    layers = hyplora_layers(model).values()
     for layer in layers:
-        layer.enabled = False
+        layer.disabled += 1
     try:
         yield model
     finally:
         for layer in layers:
-            layer.enabled = True
+            layer.disabled -= 1
 
 
 def remove_hyplora(model):
     """Take the adapters out, in place, and return the base; what was frozen stays frozen."""
-    _replace(model, {m: m.base for m in model.modules() if isinstance(m, HypLoRALinear)})
-    for module in model.modules():
-        module.__dict__.pop("hyplora_train_also", None)
-    return model.base if isinstance(model, HypLoRALinear) else model
+    bases = {}
+    for layer in hyplora_layers(model).values():
+        for name in ("lora_A", "lora_B", "lora_K", "lora_unit"):
+            delattr(layer, name)  # The base has the same tables.
+        bases[layer] = layer.base
+    replace_modules(model, bases)
+    return bases.get(model, model)
 
 
 @torch.no_grad()
-def hyplora_statistics(model, *args, **kwargs):
-    """What the adapters do to the tokens x of model(*args, **kwargs), which runs once in eval mode.
-
-    Returns {name: {"square": |x|^2, "radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| /
-    |BAx|, "phi_spread": phi's standard deviation}}, means over tokens, of the layers that saw any.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. (While B is 0, phi is 1.)
-    Measure before compiling: compiled code does not call the hooks that look at the tokens.
-    """
-    layers = _named_modules(model, HypLoRALinear)
-    _require(layers, "this model has no adapters; inject_hyplora(model, targets) adds them")
-    seen = {layer: [] for layer in layers.values()}
+def measure_tokens(model, args, kwargs):
+    """{name: (N, 3)} of |x|, |BAx| / |x| and |update| / |BAx|, for the N tokens a layer sees."""
+    names = {layer: name for name, layer in hyplora_layers(model).items()}
+    if any(layer.lora_A.ndim < 2 for layer in names):
+        raise ValueError("measure before FSDP1 or ZeRO-3 takes the adapters apart")
+    seen = {}
+    mask = kwargs.get("attention_mask")
 
     def look(layer, inputs):
-        if inputs[0].any():
-            x = inputs[0].float().reshape(-1, layer.in_features)
-            lora = F.linear(F.linear(x, layer.lora_A.float()), layer.lora_B.float())
-            update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, layer.max_radius)
-            n, m, new_n = [_radius(_squared_length(v), 1) for v in (x, lora, update)]
-            numbers = [_squared_length(x), n / layer.K.sqrt(), m / n, new_n / m]
-            seen[layer].append(torch.cat(numbers, dim=-1))
+        x = widen(inputs[0])
+        counts = (x != 0).any(dim=-1)
+        if torch.is_tensor(mask) and mask.shape == counts.shape:
+            counts = counts & mask.to(x.device).bool()
+        x = x[counts]
+        with torch.autocast(x.device.type, enabled=False):
+            lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
+            update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K)
+        ratios = [length(x), length(lora) / length(x), length(update) / length(lora)]
+        if len(x):
+            seen.setdefault(names[layer], []).append(torch.cat(ratios, dim=-1))
 
-    with contextlib.ExitStack() as stack:  # When it ends, it undoes what is entered into it.
-        for layer in seen:
-            stack.enter_context(layer.register_forward_pre_hook(look))
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()(*args, **kwargs)
-
-    result = {}
-    for name in [name for name, layer in layers.items() if seen[layer]]:
-        tokens = torch.cat(seen[layers[name]])
-        means = zip(("square", "radius", "gain", "phi"), tokens.mean(dim=0).tolist())
-        result[name] = dict(means, phi_spread=tokens[:, 3].std(correction=0).item())
-    return result
+    modes = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_pre_hook(look) for layer in names]
+    try:
+        model.eval()  # DeepSpeed's engine returns nothing here.
+        model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():  # An owner comes before what it owns.
+            module.train(mode)
+    if not seen:
+        raise ValueError("no adapted layer saw a token: adapt, give inputs, and compile afterwards")
+    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def calibrate_curvature(model, *args, **kwargs):
-    """Set each K from the lengths that its layer sees: K = curvature * mean of |x|^2 over tokens.
+    """Set each layer's lora_unit to the length of a typical token: the median of |x|.
 
-    The model runs once on these sample inputs (best without padding, which counts), as its base and
-    in eval mode. Then a typical token has the radius 1/sqrt(curvature). Returns {name: K} of layers
-    that saw a token. Raises ValueError, with every K as it was, if a length is not finite.
+    A mean would be ruled by attention sinks, a few tokens hundreds of times as long as the others.
+    model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
+    does padding where there is a keyword attention_mask of the tokens' shape. In torch.distributed,
+    all processes call this and get the units of the first. Returns {name: K} of layers that saw a
+    token, and warns of the others. Raises ValueError, with every unit as it was, if no layer saw
+    any or if a length is not finite.
     """
     with disable_hyplora(model):
-        seen = hyplora_statistics(model, *args, **kwargs)
-    layers = _named_modules(model, HypLoRALinear)
-    own = {f"{name}.lora_K": layers[name].lora_K for name in seen}
-    ratios = [seen[name]["square"] / layers[name].in_features for name in seen]
-    _fill(own, {key: torch.tensor([ratio]).log() for key, ratio in zip(own, ratios)})
-    return {name: layers[name].curvature * seen[name]["square"] for name in seen}
+        rows = measure_tokens(model, args, kwargs)
+    infinite = [name for name, tokens in rows.items() if not tokens[:, 0].isfinite().all()]
+    if infinite:
+        raise ValueError(f"the length of a token is not finite before {infinite}")
+    layers = hyplora_layers(model)
+    if len(rows) < len(layers):
+        warnings.warn(f"no token was seen by {list(layers.keys() - rows)}", stacklevel=2)
+    units = [{name: tokens[:, 0].median().item() for name, tokens in rows.items()}]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(units)
+    for name, unit in units[0].items():
+        layers[name].lora_unit.fill_(unit)
+    return {name: layers[name].K.item() for name in units[0]}
 
 
-# --- Saving the adapters alone, a few MB --------------------------------------------------------
-
-
-def _trained(model):
-    """Two dictionaries by name: the adapters, and the modules of train_also."""
-    modules = _named_modules(model)
-    also = {name: m for name, m in modules.items() if hasattr(m, "hyplora_train_also")}
-    return _named_modules(model, HypLoRALinear), also
-
-
-def _tensors(layers, also):
-    """{name: parameter or buffer} of adapters, without their bases, and of modules in also."""
-    tensors = {}
-    for name, layer in layers.items():
-        tensors.update(layer.named_parameters(name, recurse=False))
-    for name, module in also.items():
-        tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
-    for name, tensor in tensors.items():
-        _require(not tensor.is_meta, f"{name} is on the meta device: it has no numbers")
-    return tensors
-
-
-@torch.no_grad()
-def _fill(own, tensors):
-    """Copy tensors into those of the same names, sharded or not; first make sure that all fit."""
-    for name in own.keys() ^ tensors.keys():
-        raise ValueError(f"{name} is {'missing' if name in own else 'not of this model'}")
-    for name, target in own.items():
-        new = tensors[name]
-        _require(torch.is_tensor(new), f"{name} should be a tensor, found {new!s:.60}")
-        _require(new.shape == target.shape, f"{name} should be {target.shape}, found {new.shape}")
-        if isinstance(target, nn.Parameter):  # A buffer may be infinite, as a mask is.
-            _require(new.isfinite().all(), f"{name} should be finite numbers, found {new!s:.60}")
-    for name, target in own.items():
-        new = tensors[name].to(target.device)
-        if hasattr(target, "device_mesh"):
-            shard = torch.distributed.tensor.distribute_tensor
-            new = shard(new, target.device_mesh, target.placements)
-        target.copy_(new)
-
-
-def hyplora_state_dict(model):
-    """{"<layer>.lora_A": tensor, ...} of the adapters and of train_also's modules, detached.
-
-    What FSDP2 has sharded comes whole, so that all processes must call this.
+def hyplora_statistics(model, *args, **kwargs):
+    """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
+    These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. While B is 0, phi is 1.
     """
     result = {}
-    for name, tensor in _tensors(*_trained(model)).items():
-        sharded = hasattr(tensor, "full_tensor")
-        result[name] = tensor.detach().full_tensor() if sharded else tensor.detach()
+    for name, tokens in measure_tokens(model, args, kwargs).items():
+        n, gain, phi = tokens.mean(dim=0).tolist()
+        root = hyplora_layers(model)[name].K.item() ** 0.5
+        spread = tokens[:, 2].std(correction=0).item()
+        result[name] = dict(radius=n / root, gain=gain, phi=phi, phi_spread=spread)
     return result
 
 
+# --- Saving what trains, a few MB ---------------------------------------------------------------
+
+
+def hyplora_state_dict(model):
+    """{name: tensor} of the adapters, which must be whole, and all else that trains, detached."""
+    tensors = {}
+    for name, layer in hyplora_layers(model).items():
+        A, B = layer.lora_A, layer.lora_B  # What FSDP1 and ZeRO-3 shard is no matrix.
+        if A.is_meta or hasattr(A, "device_mesh") or A.ndim + B.ndim < 4:
+            raise ValueError(f"the adapter of {name} is sharded or on the meta device: gather it")
+        for key in ("lora_A", "lora_B", "lora_K", "lora_unit"):
+            tensors[f"{name}.{key}".removeprefix(".")] = getattr(layer, key).detach()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {**tensors, **trained}
+
+
 def set_hyplora_state_dict(model, tensors):
-    """Copy what hyplora_state_dict returned into the model, or raise ValueError and copy none."""
-    _fill(_tensors(*_trained(model)), tensors)
+    """Copy what hyplora_state_dict returned into the model, and let what is no adapter train, too.
+    Raises ValueError, with the model unchanged, if names, shapes or numbers do not fit.
+    """
+    own = hyplora_state_dict(model)  # What is in here is detached, so that its flags stay.
+    targets = {**dict(model.named_parameters()), **own}
+    for name in {**own, **tensors}:
+        if name not in tensors or name not in targets:
+            raise ValueError(f"{name} is only {'in the tensors' if name in tensors else 'here'}")
+        new, shape = tensors[name], targets[name].shape
+        if not torch.is_tensor(new) or new.shape != shape or not new.isfinite().all():
+            raise ValueError(f"{name} must be finite, of shape {shape}, got {new!s:.60}")
+    with torch.no_grad():
+        for name, new in tensors.items():
+            targets[name].copy_(new).requires_grad_(True)
 
 
-def save_atomically(content, path):
-    """torch.save, such that path has the old content or the new, whole, whatever happens."""
-    beside = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-
-
-def save_hyplora(model, path):
-    """Write the adapters and the modules of train_also to path, atomically."""
-    tensors = hyplora_state_dict(model)
-    _require(tensors, "this model has no adapters to save")
-    fresh = [n for n in tensors if n.endswith("lora_B") and not tensors[n].any()]
+def save_hyplora(model, path, tensors=None):
+    """Write hyplora_state_dict(model), or the same gathered from shards, to path, atomically. Warns
+    of adapters that are still as they started, and of what was trained and is frozen again. Raises
+    ValueError if there are no whole adapters.
+    """
+    options = {name: layer.options for name, layer in hyplora_layers(model).items()}
+    if not options:
+        raise ValueError("this model has no adapters to save")
+    tensors = hyplora_state_dict(model) if tensors is None else tensors
+    if len([name for name in tensors if "lora_" in name]) < 4 * len(options):
+        raise ValueError("tensors lack lora_A, lora_B, lora_K or lora_unit of a layer")
+    fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:
-        why = "they were not trained, or their owner reads the weight and never calls them"
-        warnings.warn(f"{', '.join(fresh)} are as they started: {why}", stacklevel=2)
-    layers, also = _trained(model)
-    options = {name: layer.options for name, layer in layers.items()}
-    content = {"hyplora": 2, "layers": options, "also": list(also), "tensors": tensors}
-    save_atomically(content, path)
+        warnings.warn(f"not trained, or never called by their owner: {fresh}", stacklevel=2)
+    frozen = {name: p for name, p in model.named_parameters() if name not in tensors}
+    lost = [n for n, p in frozen.items() if getattr(p, "hyplora_version", p._version) < p._version]
+    if lost:
+        warnings.warn(f"changed, but frozen and so not saved: {lost}", stacklevel=2)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+        whole = os.path.join(folder, "adapter.pt")
+        torch.save({"hyplora": 3, "layers": options, "tensors": tensors}, whole)
+        os.replace(whole, path)
 
 
 def load_hyplora(model, path):
-    """Read adapters that save_hyplora wrote, and return their names.
+    """Read what save_hyplora wrote, and return the names of the adapted layers.
 
     A bare model is injected as the file says; an adapted one must have the file's layers. Raises
     OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then.
     """
-    modules = _named_modules(model)
-    layers, also = _trained(model)
-    bare = not layers
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-            _require(content["hyplora"] == 2, "another version wrote it")
-            for name, options in content["layers"].items():
-                _require(name in (modules if bare else layers), f"{name} is not here to be adapted")
-                if bare:
-                    layers[name] = HypLoRALinear(modules[name], **options)
-                for key in ("rank", "alpha", "curvature", "max_radius"):
-                    own, other = layers[name].options[key], options.get(key)
-                    _require(own == other, f"{key} of {name} is {own} here, {other} in the file")
-            if bare:
-                also = {name: modules[name] for name in content["also"]}
-                _fit(modules, {name: modules[name] for name in layers}, refuse=True)
-            _fill(_tensors(layers, also), content["tensors"])
+            if content["hyplora"] != 3:
+                raise ValueError("another version of hyplora.py wrote it: train the adapter again")
+            options = {name: layer.options for name, layer in hyplora_layers(model).items()}
+            if not options:
+                wrap_layers(model, content["layers"], content["tensors"])
+            elif options != content["layers"]:
+                raise ValueError(f"the layers here are {options}, there {content['layers']}")
+            else:
+                set_hyplora_state_dict(model, content["tensors"])
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is damaged or doesn't fit this model. {why}") from error
-    if bare:
-        _put_in_place(model, layers, also)
-    return list(layers)
+            raise ValueError(f"{path} is damaged or does not fit: {error!r:.500}") from error
+    return list(content["layers"])

@@ -1,0 +1,129 @@
+"""Calibration and statistics: which tokens they count, and what they leave as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import hyplora
+from hyplora import hyplora_reference
+from test_hyplora import IDS, Toy, X, adapted, assert_unchanged, norm, randn, snapshot
+
+
+def tokens_with_sinks(count, seed=0):
+    """Lengths near 10, but one token in 256 is 300 times as long."""
+    x = 10 * F.normalize(randn(count, 64, seed=seed, dtype=torch.float32), dim=-1)
+    x *= 1 + 0.1 * randn(count, 1, seed=seed + 1, dtype=torch.float32)
+    x[::256] *= 300
+    return x
+
+
+def test_calibration_is_by_the_median_so_that_sinks_do_not_rule_it():
+    model = adapted(nn.Sequential(nn.Linear(64, 64)))
+    x = tokens_with_sinks(1024)
+    hyplora.calibrate_curvature(model, x)
+    radii = norm(x) / model[0].K.sqrt()
+    assert radii.median().item() == pytest.approx(1 / math.sqrt(0.5), rel=0.02)
+    K = [hyplora.calibrate_curvature(model, tokens_with_sinks(n))["0"] for n in (16, 169)]
+    assert 0.5 < K[0] / K[1] < 2
+
+
+def test_padding_does_not_count_and_the_model_is_as_it_was():
+    model, mask = adapted(Toy()), torch.ones(1, 11, dtype=torch.long)
+    mask[:, 7:] = 0
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    padded = hyplora.calibrate_curvature(model, IDS, attention_mask=mask)
+    assert padded == pytest.approx(hyplora.calibrate_curvature(model, IDS[:, :7]), rel=1e-5)
+    measured = hyplora.hyplora_statistics(model, IDS, attention_mask=mask)
+    for name, numbers in hyplora.hyplora_statistics(model, IDS[:, :7]).items():
+        assert measured[name] == pytest.approx(numbers, rel=1e-5)
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_a_length_that_is_not_finite_leaves_every_unit_as_it_was():
+    model = adapted(nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7)))
+    before = snapshot(model)
+    for x in (X.float() * math.inf, torch.zeros(3, 7)[:0]):
+        with pytest.raises(ValueError, match="not finite|no adapted layer saw a token"):
+            hyplora.calibrate_curvature(model, x)
+        assert_unchanged(model, before)
+
+
+def test_statistics_by_a_literal_formula_and_of_the_tokens_that_calibration_counts():
+    model = adapted(nn.Sequential(nn.Linear(7, 6)))
+    layer, x = model[0], X.float()
+    hyplora.calibrate_curvature(model, x)
+    K, lora = layer.K.item(), norm(x @ layer.lora_A.T @ layer.lora_B.T)
+    phi = norm(hyplora_reference(x, layer.lora_A, layer.lora_B, K)) / lora
+    want = dict(radius=norm(x).mean().item() / K**0.5, gain=(lora / norm(x)).mean().item())
+    want.update(phi=phi.mean().item(), phi_spread=phi.std(correction=0).item())
+    assert hyplora.hyplora_statistics(model, x)["0"] == pytest.approx(want, rel=1e-5)
+    with_zeros = torch.cat([x, torch.zeros(45, 7)])  # Nine vectors in ten are zero.
+    assert hyplora.calibrate_curvature(model, with_zeros)["0"] == pytest.approx(K)
+    assert hyplora.hyplora_statistics(model, with_zeros)["0"] == pytest.approx(want, rel=1e-5)
+    layer.lora_B.data *= 1e-25  # Now |BAx|^2 is below what float32 has.
+    radius = norm(x) / K**0.5
+    with torch.autocast("cpu", torch.float16):
+        small = hyplora.hyplora_statistics(model, x)["0"]
+    assert small["phi"] == pytest.approx((radius.sinh() / radius).mean().item(), rel=1e-5)
+    assert small["gain"] == pytest.approx(1e-25 * want["gain"], rel=1e-5)
+
+
+def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.second(self.first(self.dropout(x))[:0])
+
+    model = adapted(Experts(), curvature=2.0)
+    x = torch.randn(5, 8)
+    with pytest.warns(UserWarning, match="no token was seen by .*(second|third)"):
+        found = hyplora.calibrate_curvature(model, x)
+    assert found == {"first": pytest.approx(2 * x.norm(dim=-1).median().item() ** 2, rel=1e-5)}
+    assert model.third.K.item() == pytest.approx(16.0) == model.second.K.item()
+    assert model.training and model.first.training and model.first.base.training
+
+
+def test_of_plain_lora_phi_is_1_and_the_radius_0():
+    model = adapted(Toy(), curvature=math.inf)
+    numbers = hyplora.hyplora_statistics(model, IDS)["blocks.0.q_proj"]
+    assert numbers["phi"] == pytest.approx(1) and numbers["radius"] == 0 and numbers["gain"] > 0
+    assert hyplora.calibrate_curvature(model, IDS)["blocks.0.q_proj"] == math.inf
+
+
+def test_a_compiled_model_that_calls_no_hook_is_refused_and_not_measured_as_empty():
+    model = adapted(nn.Sequential(nn.Linear(7, 6)))
+    with pytest.raises(ValueError, match="compile afterwards"):
+        hyplora.hyplora_statistics(model, torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="no adapted layer"):
+        hyplora.calibrate_curvature(nn.Linear(7, 6), X.float())
+
+
+def test_calibrating_again_after_training_keeps_what_K_has_learned():
+    model = adapted(nn.Sequential(nn.Linear(7, 6)))
+    nn.init.constant_(model[0].lora_K, 1.0)
+    first = hyplora.calibrate_curvature(model, X.float())["0"]
+    typical = X.norm(dim=-1).median().item()
+    assert first == pytest.approx(0.5 * typical**2 * math.e, rel=1e-5)
+    assert hyplora.calibrate_curvature(copy.deepcopy(model), 2 * X.float())["0"] == pytest.approx(
+        4 * first, rel=1e-5
+    )
+
+
+def test_K_goes_on_learning_after_a_move_to_bfloat16():
+    model = adapted(nn.Sequential(nn.Linear(7, 6)))
+    hyplora.calibrate_curvature(model, 0.01 * X.float())
+    optimizer = torch.optim.AdamW(hyplora.hyplora_parameters(model.bfloat16()), lr=3e-4)
+    before = model[0].K.item()
+    for _ in range(10):
+        model(0.01 * X.bfloat16()).square().sum().backward()
+        optimizer.step()
+    assert abs(math.log(model[0].K.item() / before)) == pytest.approx(10 * 3e-4, rel=0.2)
