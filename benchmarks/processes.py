@@ -1,12 +1,11 @@
-"""Tokens per second and memory of training with many processes, the base replicated and sharded.
+"""Tokens per second and memory of training with many processes, the base replicated.
 
-What is measured is scaling/: its decoder, its sharding and its training loop, on random weights and
-random tokens. A table has our LoRA and HypLoRA (rank 32, on q, k, v, up and down) with one process,
-then with all that torchrun has started. Each of them takes as many tokens as the one did. The table
-is written into RESULTS.md anew after each row.
+What is measured is scaling/: its decoder and its training loop, on random weights and random
+tokens. A table has our LoRA and HypLoRA (rank 32, on q, k, v, up and down) with one process, then
+with all that torchrun has started. Each of them takes as many tokens as the one did. The table is
+written into RESULTS.md anew after each row.
 
     torchrun --nproc-per-node 2 -m benchmarks.processes --shape 7b
-    torchrun --nproc-per-node 8 -m benchmarks.processes --shape 70b
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.processes --shape toy --dry-run
 """
 
@@ -43,9 +42,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RANK = 32
 ADAPTERS = {"our LoRA": math.inf, "HypLoRA": 0.5}
 WARM_UP = 3  # steps that do not count
-LAYOUTS = ("one", "replicated", "sharded")
+LAYOUTS = ("one", "replicated")
 
-# The family and the fields of config.json: a small one, Qwen2.5 7B, and Llama 3.1 70B.
+# The family and the fields of config.json: a small one, and Qwen2.5 7B.
 SHAPES = {
     "toy": (
         "llama",
@@ -70,29 +69,8 @@ SHAPES = {
             rope_theta=1e6,
         ),
     ),
-    "70b": (
-        "llama",
-        dict(
-            hidden_size=8192,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            intermediate_size=28672,
-            vocab_size=128256,
-            rms_norm_eps=1e-5,
-            rope_theta=5e5,
-            rope_scaling=dict(
-                rope_type="llama3",
-                factor=8.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=8192,
-            ),
-        ),
-    ),
 }
-STEP = {"toy": (4, 32), "7b": (2, 1024), "70b": (1, 1024)}  # (rows, tokens) a process
-ONLY_SHARDED = ("70b",)  # No GPU holds it whole. Its activations are computed again in backward.
+STEP = {"toy": (4, 32), "7b": (2, 1024)}  # (rows, tokens) a process
 
 
 class RandomBatches:
@@ -121,18 +99,17 @@ class RandomBatches:
 
 
 @torch.no_grad()
-def random_base(config, dtype, device, sharded):
-    """A frozen Decoder with random weights; each process draws those that it keeps."""
-    model = empty_decoder(config, dtype, device, sharded)
-    torch.manual_seed(rank_and_count()[0] if sharded else 0)
+def random_base(config, dtype, device):
+    """A frozen Decoder with random weights."""
+    model = empty_decoder(config, dtype, device)
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if parameter.ndim == 2:
-            here.normal_(std=0.02)
+            parameter.normal_(std=0.02)
         elif name.endswith(".bias"):
-            here.zero_()
+            parameter.zero_()
         else:
-            here.fill_(1 - config.norm_offset)  # The weight of an RMSNorm.
+            parameter.fill_(1 - config.norm_offset)  # The weight of an RMSNorm.
     return model
 
 
@@ -226,8 +203,7 @@ def fill(table, layout, config, dtype, device, args):
     name = "all"
     free(device)
     try:
-        base = random_base(config, dtype, device, layout == "sharded")
-        base.recompute = args.shape in ONLY_SHARDED
+        base = random_base(config, dtype, device)
         for name, curvature in ADAPTERS.items():
             result = measure(base, curvature, STEP[args.shape], args.steps, device)
             free(device)
@@ -253,7 +229,7 @@ def main():
         sys.exit("start this with: torchrun --nproc-per-node 2 -m benchmarks.processes ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layouts = args.layouts or (["sharded"] if args.shape in ONLY_SHARDED else LAYOUTS)
+    layouts = args.layouts or LAYOUTS
 
     family, fields = SHAPES[args.shape]
     fields = DEFAULTS[family] | fields
@@ -275,9 +251,8 @@ def main():
     if "one" in layouts and os.environ["RANK"] == "0":
         fill(table, "one", config, dtype, device, args)  # The others wait for it to join them.
     start_processes(device.type)
-    for layout in ("replicated", "sharded"):
-        if layout in layouts:
-            fill(table, layout, config, dtype, device, args)
+    if "replicated" in layouts:
+        fill(table, "replicated", config, dtype, device, args)
     end_processes()
 
 

@@ -31,10 +31,11 @@ import torch
 import torch.nn as nn
 
 from examples.transformers_trainer import counting_examples, small_model
-from hyplora import hyplora_update
+from hyplora import hyplora_update, length
 
 try:
     from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners._buffer_dict import BufferDict
     from peft.tuners.lora import layer as lora
 except ImportError as error:
     raise SystemExit(f"{error}: pip install peft") from error
@@ -51,20 +52,23 @@ class HypLoRAVariant(lora.LoraVariant):
         if not hasattr(module, "lora_K"):
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_K")
             module.lora_K = nn.ParameterDict()
+            module.other_param_names = (*module.other_param_names, "lora_unit")
+            module.lora_unit = BufferDict({}, persistent=True)
             module.curvature = {}
         device = module.lora_A[adapter_name].weight.device
         module.lora_K[adapter_name] = nn.Parameter(torch.zeros(1, device=device))
+        unit = torch.full((1,), module.in_features**0.5, device=device)
+        module.lora_unit[adapter_name] = unit
         module.curvature[adapter_name] = config.curvature
 
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
         A = module.lora_A[active_adapter].weight
         B = module.lora_B[active_adapter].weight
-        factor = module.lora_K[active_adapter].float().exp()
-        K = module.curvature[active_adapter] * module.in_features * factor
+        unit = module.lora_unit[active_adapter].float()
+        K = module.curvature[active_adapter] * unit**2 * module.lora_K[active_adapter].float().exp()
         x = module.lora_dropout[active_adapter](x.to(result.dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            update = hyplora_update(x, A, B, K)
+        update = hyplora_update(x, A, B, K)
         return torch.add(result, update, alpha=module.scaling[active_adapter])
 
     @staticmethod
@@ -98,11 +102,11 @@ class HypLoRAConfig(LoraConfig):
 
 @torch.no_grad()
 def calibrate(model, adapter="default", **inputs):
-    """What calibrate_curvature does: K = curvature * mean of |x|^2 over the tokens of inputs."""
+    """What calibrate_curvature does: the unit is the median of |x| over the tokens of inputs."""
 
     def look(layer, arguments):
-        square = arguments[0].float().square().sum(dim=-1).mean()
-        layer.lora_K[adapter].fill_((square / layer.in_features).log())
+        tokens = arguments[0][(arguments[0] != 0).any(dim=-1)]
+        layer.lora_unit[adapter].copy_(length(tokens).median())
 
     layers = [module for module in model.modules() if isinstance(module, HypLoRAPeftLinear)]
     if not layers:

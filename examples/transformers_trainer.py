@@ -4,7 +4,7 @@
 
 It prints:
 
-    a checkpoint's adapters: 9 kB, where the whole model has 85 kB
+    a checkpoint's adapters: 10 kB, where the whole model has 86 kB
     a resumed run ends with the same numbers: True
     the model at the end is the best one, of step 6: True
     lora_K is without weight decay: True

@@ -11,7 +11,6 @@ import json
 import os
 
 import torch
-import torch.distributed as dist
 
 from scaling.decoder import ACTIVATIONS, FULL, SLIDING, Config, Decoder
 from scaling.processes import need
@@ -393,9 +392,8 @@ def check_names(folder, model, wanted, shapes):
 def load_checkpoint(model, folder):
     """Fill the Decoder with the folder's weights, in the dtype and on the device that it has.
 
-    Of a parameter that FSDP2 has sharded, a process reads the rows that it keeps. Raises
-    ValueError, before anything is read, if the names, shapes or dtypes in the files are not the
-    model's.
+    Raises ValueError, before anything is read, if the names, shapes or dtypes in the files are not
+    the model's.
     """
     safetensors = need("safetensors", "--checkpoint")
     with contextlib.ExitStack() as stack:
@@ -419,55 +417,23 @@ def load_checkpoint(model, folder):
                 )
         with torch.no_grad():
             for name, parameter in wanted.items():
-                copy_rows(parameter, tensors[name])
+                parameter.copy_(tensors[name][:])
 
 
-def copy_rows(parameter, stored):
-    """Copy a stored tensor into a parameter, or into the rows of it that FSDP2 keeps here."""
-    if not hasattr(parameter, "device_mesh"):
-        parameter.copy_(stored[:])
-        return
-    rows = parameter.shape[0]
-    each = -(-rows // parameter.device_mesh.size())
-    first = min(rows, each * parameter.device_mesh.get_local_rank())
-    here = parameter.to_local()
-    if here.shape[0] > 0:
-        here.copy_(stored[first : first + here.shape[0]])
-
-
-def shard(model, device):
-    """Let FSDP2 spread the frozen base over the processes: each gathers a block when it needs it.
-
-    Adapters that are injected later stay whole on every process.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.sharded = True
-
-
-def empty_decoder(config, dtype, device, sharded=False):
-    """A frozen Decoder on the device whose weights are not set yet: whoever calls this fills them.
-
-    It is sharded before any weight takes memory, so that no process ever holds the whole model.
-    """
+def empty_decoder(config, dtype, device):
+    """A frozen Decoder on the device; whoever calls this sets its weights."""
     with torch.device("meta"):
         model = Decoder(config).to(dtype).requires_grad_(False)
-    if sharded:
-        shard(model, device)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty has parted the head from the embedding.
     return model
 
 
-def from_checkpoint(folder, dtype, device, sharded=False):
-    """The folder's model, frozen, on the device; sharded before any weight takes memory.
+def from_checkpoint(folder, dtype, device):
+    """The folder's model, frozen, on the device.
 
     dtype: a torch.dtype. Raises what read_config and load_checkpoint raise.
     """
-    model = empty_decoder(read_config(folder), dtype, device, sharded)
+    model = empty_decoder(read_config(folder), dtype, device)
     load_checkpoint(model, folder)
     return model

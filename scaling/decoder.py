@@ -214,15 +214,13 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder of the shape that `config` describes, with random weights.
 
-    Set `recompute` to compute activations again in backward instead of keeping them. `sharded` says
-    whether FSDP2 has spread it over the processes, which then have to call it together.
+    Set `recompute` to compute activations again in backward instead of keeping them.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.recompute = False
-        self.sharded = False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

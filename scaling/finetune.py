@@ -2,7 +2,7 @@
 
     python -m scaling.finetune --checkpoint Qwen2.5-7B --dtype bfloat16 --data train.json \\
         --eval gsm8k.json mawps.json --recipe paper
-    torchrun --nproc-per-node 8 -m scaling.finetune --shard --checkpoint ...
+    torchrun --nproc-per-node 8 -m scaling.finetune --checkpoint ...
 
 `python train_minimal.py --checkpoint ...` comes here too. README.md has the data format, the
 recipes and what they leave out.
@@ -16,11 +16,10 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 
 from hyplora import (
-    HypLoRALinear,
     calibrate_curvature,
+    hyplora_layers,
     hyplora_parameters,
     inject_hyplora,
     load_hyplora,
@@ -288,7 +287,7 @@ def build_parser():
         action="store_true",
         help="activation checkpointing: less memory, more time",
     )
-    add(group, "--shard", action="store_true", help="under torchrun: FSDP2 spreads the base")
+    add(group, "--shard", action="store_true", help="not available at present")
     add(group, "--out", default="runs", help="folder for the states and the adapters")
     return parser
 
@@ -315,8 +314,11 @@ def parse_arguments(argv=None):
         parser.error("--predictions are the answers to --eval: add --eval FILE ...")
     if args.validation < 0:
         parser.error(f"--validation must be at least 0, got {args.validation}")
-    if args.shard and not dist.is_torchelastic_launched():
-        parser.error("--shard spreads the base over processes: start torchrun --nproc-per-node N")
+    if args.shard:
+        sys.exit(
+            "--shard is not available until the loading is rebuilt: a model has to be adapted "
+            "before it is sharded"
+        )
     if args.targets == ["all-linear"]:
         args.targets = "all-linear"
     if args.device == "auto":
@@ -577,6 +579,7 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
     groups = hyplora_parameters(base)
     for group in groups:
         same_start(group["params"])
+    same_start([layer.lora_unit for layer in hyplora_layers(base).values()])
     plan = Plan(
         steps=steps,
         lr=args.lr,
@@ -604,8 +607,8 @@ def train_adapter(args, base, adapter, batches, steps, state, data_hash, validat
 def ended_curvatures(model):
     """K / in_features of each adapted layer whose K is finite."""
     found = []
-    for layer in model.modules():
-        if isinstance(layer, HypLoRALinear) and layer.curvature < math.inf:
+    for layer in hyplora_layers(model).values():
+        if layer.options["curvature"] < math.inf:
             found.append(float(layer.K.detach()) / layer.in_features)
     return found
 
@@ -679,7 +682,7 @@ def load_base(args, device):
     """The frozen base on the device. Ends the run if its files do not fit its config."""
     dtype = getattr(torch, args.dtype)
     try:
-        base = from_checkpoint(args.checkpoint, dtype, device, args.shard)
+        base = from_checkpoint(args.checkpoint, dtype, device)
     except ValueError as error:
         sys.exit(str(error))
     base.recompute = args.recompute

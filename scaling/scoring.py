@@ -191,15 +191,13 @@ def beam_search(model, ids, count, pad=None, stop=(), beams=4):
 def generate_answers(model, records, tokens, batch_size, count, device, label, beams=1):
     """The answers to records, as text, in their order.
 
-    Prompts of similar length share a batch. Where each process has the whole model, each answers
-    its own batches; where FSDP2 has spread it, all have to work on the same ones.
+    Prompts of similar length share a batch. Each process answers its own batches.
     """
     model.eval()
     order = sorted(range(len(records)), key=lambda i: -len(records[i].prompt_ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rank, processes = rank_and_count()
-    split = processes > 1 and not model.sharded
-    mine = batches[rank::processes] if split else batches
+    mine = batches[rank::processes]
     progress = Progress(label, sum(len(batch) for batch in mine))
     answers = {}
     for batch in mine:
@@ -216,7 +214,7 @@ def generate_answers(model, records, tokens, batch_size, count, device, label, b
         for i, row in zip(batch, result[:, width:].tolist()):
             answers[i] = tokens.decode(row)
         progress(len(answers))
-    if split:
+    if processes > 1:
         gathered = [None] * processes
         dist.all_gather_object(gathered, answers)
         for part in gathered:

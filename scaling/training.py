@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from statistics import mean
 
@@ -15,12 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from hyplora import (
-    hyplora_state_dict,
-    hyplora_statistics,
-    save_atomically,
-    set_hyplora_state_dict,
-)
+from hyplora import hyplora_state_dict, hyplora_statistics, set_hyplora_state_dict
 from scaling.processes import (
     Progress,
     is_main,
@@ -155,7 +151,10 @@ def check_finite(loss, parameters, where, state_path):
 def write_state(path, state):
     """Save the state whole. A full disk ends the run and leaves the last state as it was."""
     try:
-        save_atomically(state, path)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+            whole = os.path.join(folder, "state.pt")
+            torch.save(state, whole)
+            os.replace(whole, path)
     except OSError as error:
         sys.exit(
             f"\ncould not write {path}: {error}. What was saved there last is whole; "

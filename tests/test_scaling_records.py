@@ -470,7 +470,6 @@ def test_the_recipe_prompts_as_the_authors_do(template, recipe, family, used, tm
         ("--checkpoint m --score-only a", "add --eval FILE"),
         ("--checkpoint m --score-only a --eval x --data y", "trains nothing"),
         ("--checkpoint m --data x --predictions p", "add --eval FILE"),
-        ("--checkpoint m --data x --shard", "torchrun"),
         ("--checkpoint m --data x --rank 0", "at least 1"),
         ("--checkpoint m --data x --lr nan", "above 0"),
         ("--checkpoint m --data x --dropout 1", "in \\[0, 1\\)"),
@@ -481,6 +480,11 @@ def test_options_that_clash_or_are_out_of_range_say_what_to_do(options, message,
     with pytest.raises(SystemExit):
         parse(options)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_shard_says_that_it_is_not_available():
+    with pytest.raises(SystemExit, match="not available until the loading is rebuilt"):
+        parse("--checkpoint m --data x --shard")
 
 
 @pytest.mark.parametrize(
