@@ -252,7 +252,8 @@ def find_linear_layers(model, targets):
         names = [name for name in linears if f".{name}".endswith(endings)]
         missing = [e for e in endings if not any(f".{name}".endswith(e) for name in names)]
         if missing or isinstance(targets, str):
-            raise ValueError(f"no linear layer for {missing} of {targets!r}, among {linears[:20]}")
+            here = sorted({name.rpartition(".")[2] for name in linears})
+            raise ValueError(f"targets must be a list of names out of {here}, got {targets!r}")
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # They call no layer.
     unused = [name for name in names if isinstance(modules[name.rpartition(".")[0]], readers)]
     if unused and targets != "all-linear":

@@ -389,7 +389,7 @@ def test_an_option_out_of_range_is_refused_and_changes_nothing(option):
 def test_a_target_that_names_nothing_or_a_second_adapter_is_refused():
     model, before = Toy(), snapshot(Toy())
     for targets in (["q_porj"], ["q_proj", "embed"], "q_proj", []):
-        with pytest.raises(ValueError, match="no (linear )?layer"):
+        with pytest.raises(ValueError, match="list of names|no layer"):
             hyplora.inject_hyplora(model, targets)
     assert_unchanged(model, before)
     before = snapshot(adapted(model))

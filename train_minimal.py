@@ -272,8 +272,7 @@ def main(argv=None):
     if any(word.split("=")[0] in ("--checkpoint", "--data") for word in argv):
         from scaling import finetune
 
-        finetune.main(argv)
-        return finetune.leave()  # This ends a process of torchrun.
+        return finetune.main(argv)
     args = parse_arguments(argv)
     torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
     os.makedirs(args.out, exist_ok=True)

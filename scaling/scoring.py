@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from scaling.processes import Progress, rank_and_count
+from scaling.training import is_sharded, progress, rank_and_count
 
-# -------------------------------------------------------------------------------------------------
-# The rules
+# --- The rules ----------------------------------------------------------------------------------
 
 # The commonsense sets answer in one of these words.
 WORD_SETS = (
@@ -105,132 +104,57 @@ def is_right(output, answer, letters="first"):
     return found == answer
 
 
-# -------------------------------------------------------------------------------------------------
-# Generation
+# --- Generation ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def greedy(model, ids, count, pad=None, stop=()):
-    """The likeliest token at each step: (batch, T) -> (batch, at most T + count), int64.
+def plan_batches(lengths, args):
+    """Prompts of similar length together, as lists of indices: args.eval_batch_size sequences each.
 
-    pad: (batch,), how many tokens of left padding each row begins with. It ends early once every
-    row has a token of `stop`; what a row has behind that token means nothing.
+    Long ones are fewer, as there are at most 512 tokens a sequence on average.
     """
-    cache = model.new_cache()
-    stop = torch.tensor(stop, dtype=ids.dtype, device=ids.device)
-    done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    new = ids
-    for _ in range(count):
-        new = model(new, cache, pad, last_only=True)[:, -1].argmax(dim=-1, keepdim=True)
-        ids = torch.cat([ids, new], dim=1)
-        done = done | torch.isin(new, stop)
-        if done.all():
-            break
-    return ids
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batches[-1][0] if batches else i] + args.max_new_tokens
+        sequences = args.eval_batch_size * min(1, 512 / longest)
+        if not batches or len(batches[-1]) + 1 > sequences / args.beams:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
-@torch.no_grad()
-def beam_search(model, ids, count, pad=None, stop=(), beams=4):
-    """The best continuation that beam search finds: (batch, T) -> (batch, at most T + count).
+def generate_answers(model, records, prompts, args, label):
+    """The answers to records, as text, in their order. args: the options of finetune.py.
 
-    A continuation's score is the mean log-probability of its new tokens (length penalty 1). A row
-    ends when its best unfinished beam scores no better than its worst finished one and it has as
-    many finished as beams (transformers' early_stopping=False). Rows are filled up with their last
-    token of `stop`. pad, stop: as in greedy().
-    """
-    batch, prompt = ids.shape
-    device = ids.device
-    stop = torch.tensor(stop, dtype=ids.dtype, device=device)
-    keep = max(2, 1 + len(stop)) * beams  # So that `beams` of them go on, whatever else ends.
-    row = torch.arange(batch, device=device)[:, None]
-    rank = torch.arange(keep, device=device)
-    cache = model.new_cache()
-    logits = model(ids, cache, pad, last_only=True)[:, -1]
-    for block in cache:
-        block.select(row.expand(-1, beams).flatten())
-    logits = logits.repeat_interleave(beams, dim=0)
-    pad = None if pad is None else pad.repeat_interleave(beams)
-    # At the start all beams of a row are one and the same, so all but the first are ruled out.
-    scores = torch.full((batch, beams), -1e9, device=device)
-    scores[:, 0] = 0.0
-    tokens = ids.new_zeros(batch, beams, 0)
-    finished = ids.new_full((batch, beams, count), stop[0].item() if len(stop) else 0)
-    finished_scores = torch.full((batch, beams), -math.inf, device=device)
-    searching = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    for length in range(1, count + 1):
-        steps = logits.float().log_softmax(dim=-1).view(batch, beams, -1)
-        totals = (scores[:, :, None] + steps).flatten(1)
-        best, index = totals.topk(keep)
-        parent = index // steps.shape[-1]
-        token = index % steps.shape[-1]
-        candidates = torch.cat([tokens[row, parent], token[:, :, None]], dim=-1)
-        ends = torch.isin(token, stop) | (length == count)
-        # Those among the best `beams` that end are finished; they compete with the finished before.
-        closing = ends & (rank < beams) & searching
-        closing_scores = torch.where(closing, best / length, -math.inf)
-        filled = finished[:, :1].expand(-1, keep, -1).clone()
-        filled[:, :, :length] = candidates
-        filled[:, :, length:] = stop[0] if len(stop) else 0
-        all_scores = torch.cat([finished_scores, closing_scores], dim=1)
-        finished_scores, chosen = all_scores.topk(beams)
-        finished = torch.cat([finished, filled], dim=1)[row, chosen]
-        # The others go on.
-        scores, chosen = best.masked_fill(ends, -1e9).topk(beams)
-        tokens = candidates[row, chosen]
-        could_improve = scores[:, :1] / length > finished_scores[:, -1:]
-        searching = searching & could_improve
-        if length == count or not searching.any():
-            break
-        rows = (row * beams + parent[row, chosen]).flatten()
-        for block in cache:
-            block.select(rows)
-        logits = model(tokens[:, :, -1].reshape(-1, 1), cache, pad, last_only=True)[:, -1]
-    return torch.cat([ids, finished[:, 0, :length]], dim=1)
-
-
-def generate_answers(model, records, tokens, batch_size, count, device, label, beams=1):
-    """The answers to records, as text, in their order.
-
-    Prompts of similar length share a batch. Each process answers its own batches.
+    Where each process has the whole model, each answers its own batches; where FSDP2 has spread it,
+    all have to work on the same ones.
     """
     model.eval()
-    order = sorted(range(len(records)), key=lambda i: -len(records[i].prompt_ids))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, processes = rank_and_count()
-    mine = batches[rank::processes]
-    progress = Progress(label, sum(len(batch) for batch in mine))
+    device = next(model.parameters()).device
+    rank, processes = (0, 1) if is_sharded(model) else rank_and_count()
+    batches = plan_batches([len(record.prompt_ids) for record in records], args)
     answers = {}
-    for batch in mine:
-        prompts = [torch.tensor(records[i].prompt_ids, device=device) for i in batch]
-        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
-        width = ids.shape[1]
-        pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        if not pad.any():
-            pad = None
-        if beams > 1:
-            result = beam_search(model, ids, count, pad, tokens.stop, beams)
-        else:
-            result = greedy(model, ids, count, pad, tokens.stop)
-        for i, row in zip(batch, result[:, width:].tolist()):
-            answers[i] = tokens.decode(row)
-        progress(len(answers))
+    for batch in progress(batches[rank::processes], desc=label):
+        ids = [torch.tensor(records[i].prompt_ids) for i in batch]
+        mask = [torch.ones_like(row) for row in ids]
+        ids = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
+        mask = pad_sequence(mask, batch_first=True, padding_side="left").to(device)
+        result = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=args.beams,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=prompts.stop,
+            pad_token_id=prompts.end,
+        )
+        for i, row in zip(batch, result[:, ids.shape[1] :].tolist()):
+            answers[i] = prompts.decode(row)
     if processes > 1:
         gathered = [None] * processes
         dist.all_gather_object(gathered, answers)
         for part in gathered:
             answers.update(part)
     return [answers[i] for i in range(len(records))]
-
-
-def score_records(
-    model, records, tokens, batch_size, count, device, label, beams=1, letters="first"
-):
-    """Generate and compare: (a list of whether each record is right, the answers as text)."""
-    answers = generate_answers(model, records, tokens, batch_size, count, device, label, beams)
-    rights = []
-    for record, answer in zip(records, answers):
-        rights.append(is_right(answer, record.answer, letters))
-    return rights, answers
 
 
 def averages(results):

@@ -1,298 +1,331 @@
-"""Training over one process or many: accumulation, validation, saving, resuming, signals.
+"""Training over one process or many, and resuming it.
 
-All that a step does depends on the step's number and on what the state file keeps, so that a run
-that was stopped and resumed ends, bit for bit, where an uninterrupted one does.
+All that a step does depends on its number and on what the state file keeps, so that a run that was
+stopped and resumed ends, bit for bit, where an uninterrupted one does. Several processes use
+torch's own engines: DDP, where each has the whole base, and FSDP2, which spreads it over them.
 """
 
+import contextlib
+import hashlib
+import inspect
+import math
 import os
-import pickle
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
-from statistics import mean
+import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.distributed.checkpoint import state_dict as checkpoint
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from hyplora import hyplora_state_dict, hyplora_statistics, set_hyplora_state_dict
-from scaling.processes import (
-    Progress,
-    is_main,
-    rank_and_count,
-    say,
-    sum_over_processes,
-)
-from scaling.records import IGNORE, seeded
+import hyplora
 
+IGNORE = -100  # The label of a token that has no loss, as everywhere in PyTorch.
 
-@dataclass
-class Plan:
-    """How one adapter is trained."""
-
-    steps: int
-    lr: float  # the peak, after the warm-up
-    warmup: int  # steps
-    seed: int
-    weight_decay: float = 0.01
-    clip_norm: float | None = None  # longest gradient of all adapters together
-    accumulate: int = 1  # parts in which a batch is computed, to save memory
-    save_every: int = 0  # steps; 0 saves at the end alone
-    validate_every: int = 0  # steps; 0 keeps the last adapters instead of the best
+# --- Processes ----------------------------------------------------------------------------------
 
 
-def learning_rate(plan, step):
-    """A linear warm-up, then a linear decay to zero."""
-    rising = (step + 1) / plan.warmup
-    falling = (plan.steps - step) / max(1, plan.steps - plan.warmup)
-    return plan.lr * min(rising, falling, 1)
+def rank_and_count():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def summed_loss(model, ids, labels):
-    """Sum of the cross entropies over the labels: ids and labels (batch, T) -> a 0-d tensor."""
-    logits = model(ids).flatten(0, 1).float()
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+def is_main():
+    return rank_and_count()[0] == 0
 
 
-def split_rows(ids, labels, parts):
-    """A batch in `parts` parts of the same number of rows; rows without a label fill it up."""
-    missing = -len(ids) % parts
-    ids = F.pad(ids, (0, 0, 0, missing))
-    labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE)
-    return [(ids[part::parts], labels[part::parts]) for part in range(parts)]
+def say(text):
+    """Print from the main process alone."""
+    if is_main():
+        print(text, flush=True)
+
+
+def progress(what=None, **settings):
+    """tqdm on the main process alone, and seldom where nobody watches."""
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(what, disable=not is_main(), mininterval=seconds, **settings)
+
+
+def start_processes(device):
+    """Join the processes that torchrun, or what sets its variables, has started.
+
+    Those that only a scheduler has started would each be a whole run, all writing the same files.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if count == 1 and int(os.environ.get(name, 1)) > 1:
+            sys.exit(f"{name} is {os.environ[name]}, but WORLD_SIZE is not set: start torchrun")
+    if count > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if count > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def spread(whole, empty, device):
+    """Let FSDP2 spread a model over the processes, of which the main one alone has it whole.
+
+    empty: the same model on the meta device, in each process. Returns it with its share of whole.
+    """
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = set(empty._no_split_modules or ())  # the names of the classes of the model's blocks
+    for module in list(empty.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    # By default, what is in no block stays whole between a forward pass and a backward pass.
+    fully_shard(empty, mesh=mesh, reshard_after_forward=True)
+    empty.to_empty(device=device)
+    options = checkpoint.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    tensors = whole.state_dict() if is_main() else {}
+    checkpoint.set_model_state_dict(empty, tensors, options=options)
+    # Buffers such as rotary frequencies are in no state dict, and to_empty has left them blank.
+    buffers = dict(whole.named_buffers()) if is_main() else {}
+    for name, buffer in empty.named_buffers():
+        if is_main():
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    return empty
+
+
+def whole_adapters(model):
+    """hyplora_state_dict(model) as copies on the CPU, gathered on every process."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: tensor.detach() for name, tensor in named if "lora_" in name}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensors[name] = whole.cpu().clone()
+    return tensors
+
+
+def set_adapters(model, tensors):
+    """Give the model what whole_adapters returned."""
+    if is_sharded(model):
+        options = checkpoint.StateDictOptions(full_state_dict=True, strict=False)
+        checkpoint.set_model_state_dict(model, dict(tensors), options=options)
+    else:
+        hyplora.set_hyplora_state_dict(model, tensors)
+
+
+# --- Batches and their loss ---------------------------------------------------------------------
+
+
+def seeded(*numbers):
+    """A torch.Generator that depends on all of the numbers."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def records_of_step(records, step, args):
+    """The records of a step. An epoch has each record once, in an order of its own."""
+    epoch, place = divmod(step, math.ceil(len(records) / args.batch_size))
+    order = torch.randperm(len(records), generator=seeded(args.seed, epoch)).tolist()
+    chosen = order[place * args.batch_size : (place + 1) * args.batch_size]
+    return [records[i] for i in chosen]
+
+
+def make_batch(records, loss_on, device="cpu"):
+    """ids, attention mask and labels, each (batch, T). A label is the next token, or IGNORE.
+
+    loss_on: "answer" learns the target alone, "all" the prompt too, "nothing" neither.
+    """
+    ids = []
+    labels = []
+    for record in records:
+        row = torch.tensor(record.prompt_ids + record.target_ids)
+        ignored = {"answer": len(record.prompt_ids) - 1, "all": 0, "nothing": len(row)}
+        ids.append(row[:-1])
+        labels.append(row[1:].clone())
+        labels[-1][: ignored[loss_on]] = IGNORE
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    return pad_sequence(ids, batch_first=True).to(device), mask.to(device), labels.to(device)
+
+
+def make_parts(records, args):
+    """This process's batches, args.accumulate of them, of the records of a step.
+
+    Engines of several processes work at the same time, so who has no record gets one to ignore.
+    """
+    rank, processes = rank_and_count()
+    for part in range(rank, processes * args.accumulate, processes):
+        mine = records[part :: processes * args.accumulate]
+        loss_on = args.loss_on if mine else "nothing"
+        yield make_batch(mine or records[:1], loss_on, args.device)
+
+
+def can_leave_out_logits(model):
+    forward = getattr(model, "module", model).forward  # DDP keeps the model as its module.
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def summed_loss(model, batch):
+    """The sum of the cross entropies over the labels; logits are computed where labels are."""
+    ids, mask, labels = batch
+    columns = (labels != IGNORE).any(dim=0).nonzero().flatten()
+    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False)
+    if can_leave_out_logits(model):
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    labels = labels[:, columns]
+    labelled = labels != IGNORE
+    return F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum")
+
+
+def sum_over_processes(*numbers):
+    """The sums over all processes of some numbers."""
+    everyone = [numbers]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, numbers)
+    return [sum(column) for column in zip(*everyone)]
 
 
 @torch.no_grad()
-def mean_loss(model, batches, device):
-    """The loss per label of one epoch of batches, which the processes share; a float."""
-    was_training = model.training
+def mean_loss(model, records, args):
+    """The loss per label of the records, which the processes share; a float."""
     model.eval()
-    rank, processes = rank_and_count()
-    total = torch.zeros(2, dtype=torch.float64)
-    for step in range(batches.steps_per_epoch):
-        ids, labels = split_rows(*batches(step), processes)[rank]
-        loss = summed_loss(model, ids.to(device), labels.to(device))
-        total += torch.tensor([loss.item(), (labels != IGNORE).sum().item()])
-    model.train(was_training)
-    total = sum_over_processes(total.float().to(device))
-    return (total[0] / total[1]).item()
+    loss = 0.0
+    count = 0
+    for start in range(0, len(records), args.batch_size):
+        for part in make_parts(records[start : start + args.batch_size], args):
+            loss += summed_loss(model, part).item()
+            count += (part[2] != IGNORE).sum().item()
+    loss, count = sum_over_processes(loss, count)
+    return loss / count
 
 
-def gradients(model, parameters, batch, accumulate, stop):
-    """Set each p.grad to that of the mean loss over the batch's labels.
+# --- The loop -----------------------------------------------------------------------------------
 
-    Each process takes its share of the rows, in `accumulate` parts, and all get the sum.
-    stop: whether this process has heard a signal. Returns (the loss, whether any has).
+
+def learning_rate(args, step):
+    """A linear warm-up, then a linear decay to zero."""
+    rising = (step + 1) / args.warmup_steps
+    falling = (args.steps - step) / max(1, args.steps - args.warmup_steps)
+    return args.lr * min(rising, falling, 1)
+
+
+@contextlib.contextmanager
+def hear_signals():
+    """Ctrl-C and SIGTERM only fill the list that this context gives. A second Ctrl-C acts at once.
+
+    A second SIGTERM does not: a scheduler sends one to every process, and torchrun another.
     """
-    ids, labels = batch
-    device = parameters[0].device
-    rank, processes = rank_and_count()
-    count = (labels != IGNORE).sum().item()
-    total = torch.zeros((), device=device)
-    for part_ids, part_labels in split_rows(ids, labels, processes * accumulate)[rank::processes]:
-        loss = summed_loss(model, part_ids.to(device), part_labels.to(device)) / count
-        loss.backward()
-        total = total + loss.detach()
-    if processes > 1:
-        # One message for the loss, the gradients and whether to stop: all stop after the same step.
-        stopped = torch.tensor(float(stop), device=device)
-        shared = [total, stopped, *(parameter.grad for parameter in parameters)]
-        vector = sum_over_processes(parameters_to_vector(shared))
-        vector_to_parameters(vector, shared)
-        stop = stopped.item() > 0
-    return total, stop
+    heard = []
+    handlers = {}
 
-
-def seed_dropout(plan, step):
-    """Seed what is random in a step: each process drops other elements of its own rows."""
-    rank = rank_and_count()[0]
-    torch.manual_seed(seeded(plan.seed, step, "dropout", rank).initial_seed())
-
-
-class Interrupts:
-    """While this context lasts, Ctrl-C and SIGTERM only set `heard`, to be read after a step.
-
-    A second Ctrl-C acts at once, as it would without this. A second SIGTERM does not: a scheduler
-    sends one to every process, and torchrun sends another to each of its own.
-    """
-
-    def __init__(self):
-        self.heard = False
-        self.handlers = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.hear)
-        return self
-
-    def hear(self, number, frame):
-        self.heard = True
+    def hear(number, frame):
+        heard.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, self.handlers[number])
+            signal.signal(number, handlers[number])
 
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def check_finite(loss, parameters, where, state_path):
-    """End the run before anything broken is saved."""
-    if not loss.isfinite():
-        problem = f"the loss is {loss.item()}"
-    elif not all(parameter.isfinite().all() for parameter in parameters):
-        problem = "the weights are not finite"
-    else:
-        return
-    kept = f" {state_path} has the last good state." if os.path.exists(state_path) else ""
-    sys.exit(f"\n{where}: {problem}: lower --lr, or look at the data.{kept}")
-
-
-def write_state(path, state):
-    """Save the state whole. A full disk ends the run and leaves the last state as it was."""
+def write_or_exit(write, content, path):
+    """write(content, path), by the main process; a full disk is one line and loses nothing old."""
     try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
-            whole = os.path.join(folder, "state.pt")
-            torch.save(state, whole)
-            os.replace(whole, path)
-    except OSError as error:
-        sys.exit(
-            f"\ncould not write {path}: {error}. What was saved there last is whole; "
-            "--resume goes on from it"
-        )
+        if is_main():
+            write(content, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full.
+        why = str(error).splitlines()[0]
+        sys.exit(f"\n{path} can't be written: {why}. What was saved there before is whole")
 
 
-def read_state(path):
-    """The state that write_state saved, or None."""
-    if not os.path.exists(path):
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        sys.exit(f"{path} is damaged, so that nothing can go on from it: {error}")
+def save_atomically(content, path):
+    """torch.save, such that path has the old content or the new, whole, whatever happens."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+        torch.save(content, os.path.join(folder, "state"))
+        os.replace(os.path.join(folder, "state"), path)
 
 
-class Best:
-    """The adapters with the lowest validation loss so far."""
-
-    def __init__(self, validation):
-        self.validation = validation  # Batches, or None to keep the last adapters
-        self.loss = None
-        self.step = 0
-        self.adapters = None
-
-    def consider(self, model, step, device):
-        loss = mean_loss(model, self.validation, device)
-        say(f"step {step}: validation loss {loss:.4f}")
-        if self.loss is None or loss < self.loss:
-            self.loss = loss
-            self.step = step
-            copies = {
-                name: t.detach().cpu().clone() for name, t in hyplora_state_dict(model).items()
-            }
-            self.adapters = copies
-
-    def state(self):
-        return {"loss": self.loss, "step": self.step, "adapters": self.adapters}
-
-    def restore(self, saved):
-        self.loss = saved["loss"]
-        self.step = saved["step"]
-        self.adapters = saved["adapters"]
-
-
-def train(
-    model, groups, batches, plan, label, state_path, state=None, data_hash="", validation=None
-):
+def train(model, args, label, records, validation, state_path):
     """Train the adapters with AdamW. Returns the seconds that it took, earlier runs included.
 
-    groups: hyplora_parameters(model). batches: Batches. The adapters, the optimizer and the step
-    are written to state_path every plan.save_every steps, at the end, and after a signal; `state`
-    is what read_state returned, to go on from there. data_hash is kept with it. With validation, a
-    Batches, the adapters with the lowest loss on it are the ones that the model has at the end.
+    The adapters, the optimizer and the step are written to state_path every args.save_steps steps,
+    at the end, and after a signal. The adapters with the lowest loss on the validation records, if
+    there are any, are what the model has at the end. args: the options of finetune.py.
     """
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(hyplora.hyplora_parameters(model), weight_decay=0.0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    best = Best(validation)
+    rank, processes = rank_and_count()
+    whole = checkpoint.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    best = {"loss": math.inf, "step": 0, "adapters": None}
     first = 0
-    seconds = 0.0
-    if state is not None:
-        set_hyplora_state_dict(model, state["adapters"])
-        optimizer.load_state_dict(state["optimizer"])
-        best.restore(state["best"])
+    start = time.perf_counter()
+    if args.resume and os.path.exists(state_path):
+        try:
+            state = torch.load(state_path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            sys.exit(f"{state_path} is damaged, so that nothing can go on from it: {error}")
         first = state["step"]
-        seconds = state["seconds"]
+        start -= state["seconds"]
+        best = state["best"]
+        set_adapters(model, state["adapters"])
+        checkpoint.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
         say(f"{label}: going on from step {first} of {state_path}")
-    progress = Progress(label, plan.steps, seconds)
-    tokens = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model.train()
-    with Interrupts() as interrupts:
-        for step in range(first, plan.steps):
-            seed_dropout(plan, step)
-            batch = batches(step)
-            loss, stop = gradients(model, parameters, batch, plan.accumulate, interrupts.heard)
-            tokens += batch[0].numel()
-            if plan.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, plan.clip_norm)
+    engine = model
+    if processes > 1 and not is_sharded(model):
+        engine = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    bar = progress(total=args.steps, initial=first, desc=label)
+    with hear_signals() as heard:
+        for step in range(first, args.steps):
+            engine.train()
+            torch.manual_seed(seeded(args.seed, step, "dropout", rank).initial_seed())
+            chosen = records_of_step(records, step, args)
+            count = (make_batch(chosen, args.loss_on)[2] != IGNORE).sum().item()
+            loss = 0.0
+            for part in make_parts(chosen, args):
+                part_loss = summed_loss(engine, part) / count
+                (part_loss * processes).backward()  # The engines take the mean over processes.
+                loss += part_loss.item()
+            loss, stop = sum_over_processes(loss, len(heard))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            if not math.isfinite(loss + norm.item()):
+                why = f"the loss is {loss}, the length of its gradient {norm.item()}"
+                sys.exit(f"\n{label}, step {step + 1}: {why}: lower --lr, or look at the data")
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(plan, step)
+                group["lr"] = learning_rate(args, step)
             optimizer.step()
             optimizer.zero_grad()
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+
             done = step + 1
-            progress(done, loss)
-            last = done == plan.steps
-            saves = stop or last or (plan.save_every > 0 and done % plan.save_every == 0)
-            if saves or step % 50 == 0:
-                check_finite(loss, parameters, f"{label}, step {done}", state_path)
-            if validation is not None and (last or done % plan.validate_every == 0):
-                best.consider(model, done, device)
-            if saves and is_main():
-                state = {
-                    "adapters": hyplora_state_dict(model),
-                    "optimizer": optimizer.state_dict(),
-                    "best": best.state(),
-                    "step": done,
-                    "seconds": progress.seconds(),
-                    "data": data_hash,
-                }
-                write_state(state_path, state)
-            if stop:
-                say(
-                    f"\n{label}: stopped at step {done}, saved to {state_path}; "
-                    "the same command with --resume goes on"
+            last = done == args.steps
+            if validation and (last or done % args.eval_steps == 0):
+                now = mean_loss(engine, validation, args)
+                say(f"\n{label}, step {done}: validation loss {now:.4f}")
+                if now < best["loss"]:
+                    best = {"loss": now, "step": done, "adapters": whole_adapters(model)}
+            if stop or last or done % args.save_steps == 0:
+                state = {"adapters": whole_adapters(model), "best": best, "step": done}
+                state["seconds"] = time.perf_counter() - start
+                state["optimizer"] = checkpoint.get_optimizer_state_dict(
+                    model, optimizer, options=whole
                 )
+                write_or_exit(save_atomically, state, state_path)
+            if stop:
+                bar.close()
+                say(f"{label}: stopped at step {done}; the same command with --resume goes on")
                 sys.exit(130)
-    if best.adapters is not None:
-        set_hyplora_state_dict(model, best.adapters)
-        say(f"{label}: the adapters of step {best.step} have the lowest validation loss")
-    if device.type == "cuda" and first < plan.steps:
-        speed = tokens / (progress.seconds() - seconds)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        say(f"{label}: {speed:.0f} tokens/s, at most {peak:.1f} GB on this GPU")
-    return progress.seconds()
-
-
-def adapter_effect(model, ids):
-    """What the HypLoRA adapters do to these tokens, as a Markdown table with a row a kind of layer.
-
-    ids: (batch, T), without padding. The radius is a token's length in units of sqrt K; the gain is
-    |BAx| / |x|; phi is |update| / |BAx|, which is 1 for LoRA. The spread is phi's standard
-    deviation over the tokens of a layer, over its mean: near 0, the adapter is a LoRA with another
-    alpha. Returns "" for a model whose adapters are all LoRA.
-    """
-    kinds = {}
-    for name, numbers in hyplora_statistics(model, ids, last_only=True).items():
-        if numbers["radius"] > 0:
-            kinds.setdefault(name.split(".")[-1], []).append(numbers)
-    lines = ["| input of | radius | gain | phi | its spread within a layer |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for kind, layers in kinds.items():
-        radius = mean(numbers["radius"] for numbers in layers)
-        gain = mean(numbers["gain"] for numbers in layers)
-        phi = mean(numbers["phi"] for numbers in layers)
-        spread = mean(100 * numbers["phi_spread"] / numbers["phi"] for numbers in layers)
-        lines.append(f"| {kind} | {radius:.2f} | {gain:.3f} | {phi:.3f} | {spread:.1f} % |")
-    return "\n".join(lines) if kinds else ""
+    bar.close()
+    if best["adapters"] is not None:
+        set_adapters(model, best["adapters"])
+        say(f"{label}: the adapters of step {best['step']} have the lowest validation loss")
+    return time.perf_counter() - start

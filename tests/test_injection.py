@@ -19,7 +19,7 @@ from test_hyplora import IDS, QV, Toy, adapted, assert_unchanged, snapshot
 )
 def test_targets_that_name_no_linear_layer_are_refused_with_those_that_there_are(targets):
     model, before = Toy(), snapshot(Toy())
-    message = "no layer within" if targets == [] else "blocks.0.q_proj"
+    message = "no layer within" if targets == [] else r"'classifier', 'q_proj', 'v_proj'\], got"
     with pytest.raises(ValueError, match=message):
         hyplora.inject_hyplora(model, targets)
     assert_unchanged(model, before)

@@ -1,23 +1,25 @@
 """The scoring rules of scaling/ against the authors' rules, written down here a second time.
 
-pip install safetensors tokenizers
+pip install transformers
 """
 
+import argparse
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("safetensors", reason="pip install safetensors")
-pytest.importorskip("tokenizers", reason="pip install tokenizers")
+pytest.importorskip("transformers", reason="pip install transformers")
 
-from benchmarks.small_checkpoint import END, write_small_checkpoint, write_sums
-from scaling import finetune
-from scaling.checkpoint import from_checkpoint
-from scaling.records import Tokens, read_records
-from scaling.scoring import answer_kind, averages, generate_answers, greedy, is_right
+import transformers
+from conftest import CHATML, END, byte_tokenizer, write_folder, write_sums
+
+from scaling import finetune, scoring
+from scaling.data import Prompts, read_records
+from scaling.scoring import answer_kind, averages, is_right
 
 torch.set_num_threads(1)
 
@@ -123,81 +125,127 @@ def test_the_averages_are_micro_for_arithmetic_and_macro_for_commonsense():
     assert averages({}) == {}
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_answers_come_back_in_the_order_of_the_records(beams, tmp_path):
-    folder = write_small_checkpoint(tmp_path / "model")
-    tokens = Tokens(str(folder))
-    model = from_checkpoint(str(folder), torch.float32, torch.device("cpu"))
+# --- Generation ---------------------------------------------------------------------------------
+
+
+def greedy_alone(model, ids, count):
+    """The likeliest token at each step, of one prompt without padding or cache."""
+    ids = list(ids)
+    new = []
+    while len(new) < count and END not in new:
+        with torch.no_grad():
+            new.append(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item())
+    return byte_tokenizer().decode([token for token in new if token != END])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_means_greedy_and_answers_come_back_in_order(family, tmp_path):
+    """The folder asks for sampling, a penalty and a length; a batch has padding on the left."""
+    folder = Path(write_folder(tmp_path / "model", family))
+    asked = dict(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, min_length=300)
+    (folder / "generation_config.json").write_text(json.dumps(asked | {"eos_token_id": END}))
+    argv = ["--checkpoint", str(folder), "--data", "x", "--device", "cpu", "--max-new-tokens", "8"]
+    args = finetune.parse_arguments(argv)
+    model = finetune.load_model(args, lambda base: None)
+    prompts = Prompts(byte_tokenizer(), [END], "alpaca")
+    lines = [{"instruction": "word " * i, "answer": "0"} for i in (5, 1, 9, 3)]
     data = tmp_path / "data.json"
-    lines = []
-    for i in (5, 1, 9, 3):
-        lines.append({"instruction": "word " * i, "answer": "0"})
     data.write_text(json.dumps(lines))
-    records = read_records(str(data), tokens, for_scoring=True)
-    cpu = torch.device("cpu")
-    together = generate_answers(model, records, tokens, 4, 6, cpu, "", beams)
-    alone = [generate_answers(model, [r], tokens, 1, 6, cpu, "", beams)[0] for r in records]
-    assert together == alone
-    assert len(set(alone)) > 1
+    records = read_records(str(data), prompts, for_scoring=True)
+    answers = scoring.generate_answers(model, records, prompts, args, "")
+    assert answers == [greedy_alone(model, record.prompt_ids, 8) for record in records]
+    assert len(set(answers)) > 1
+    args.beams = 3
+    together = scoring.generate_answers(model, records, prompts, args, "")
+    for record, answer in zip(records, together):
+        assert scoring.generate_answers(model, [record], prompts, args, "") == [answer]
 
 
-def test_generation_ends_at_the_end_token_and_the_answer_is_what_stands_before(tmp_path):
-    folder = write_small_checkpoint(tmp_path / "model", eos_token_id=[65, END])
-    tokens = Tokens(str(folder))
-    assert tokens.decode([66, 67, 65, 66]) == tokens.tokenizer.decode([66, 67])
-    model = from_checkpoint(str(folder), torch.float32, torch.device("cpu"))
-    with torch.no_grad():  # A model that says nothing but token 65 stops after one.
-        model.lm_head.weight.zero_()
-        model.model.norm.weight.zero_()
-        ids = torch.tensor([[1, 2, 3]])
-        assert greedy(model, ids, 5, stop=(0,)).tolist() == [[1, 2, 3, 0]]
+@pytest.mark.parametrize("beams", [1, 4])
+def test_batches_have_few_sequences_and_few_tokens(beams):
+    args = argparse.Namespace(max_new_tokens=100, beams=beams, eval_batch_size=8)
+    lengths = [20, 5000, 30, 900, 700] + 20 * [50]
+    batches = scoring.plan_batches(lengths, args)
+    assert sorted(sum(batches, [])) == list(range(25))
+    for batch in batches:
+        longest = max(lengths[i] for i in batch) + 100
+        assert len(batch) == 1 or len(batch) * beams <= 8
+        assert len(batch) == 1 or len(batch) * beams * longest <= 8 * 512
+    assert max(len(batch) for batch in batches) == 8 // beams
 
 
-def test_predictions_columns_and_score_only(tmp_path, capsys):
-    write_small_checkpoint(tmp_path / "model")
-    data = str(write_sums(tmp_path / "sums.json"))
+# --- The table, the predictions, and a saved adapter --------------------------------------------
+
+
+def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path, capsys):
+    folder = write_folder(tmp_path / "model", chat_template=CHATML)
     tests = []
     for name in ("gsm8k", "SVAMP"):
         (tmp_path / name).mkdir()
-        tests.append(str(write_sums(tmp_path / name / "test.json", count=4)))
+        tests.append(write_sums(tmp_path / name / "test.json", count=4))
     words = tmp_path / "boolq.json"
     words.write_text(json.dumps([{"instruction": "Is it?", "input": "", "answer": True}] * 2))
-    argv = ["--checkpoint", str(tmp_path / "model"), "--device", "cpu", "--out", str(tmp_path)]
-    argv += ["--max-new-tokens", "3"]
-    scoring = ["--eval", *tests, str(words), "--predictions", str(tmp_path / "said.jsonl")]
-    train = ["--data", data, "--steps", "2", "--adapter", "hyplora"]
-    base, adapted = finetune.main([*argv, *train, *scoring])
-    assert list(base["metrics"]) == [
-        "loss",
-        "% gsm8k/test",
-        "% SVAMP/test",
-        "% boolq",
-        "M.AVG",
-        "AVG",
-    ]
-    lines = [json.loads(line) for line in open(tmp_path / "said.jsonl", encoding="utf-8")]
+    said = tmp_path / "said.jsonl"
+    scored = ["--eval", *tests, str(words), "--predictions", str(said), "--max-new-tokens", "3"]
+    argv = ["--checkpoint", folder, "--device", "cpu", *scored]
+    train = ["--data", write_sums(tmp_path / "sums.json"), "--steps", "20", "--lr", "1e-2"]
+    out = tmp_path / "out"
+    more = ["--template", "alpaca", "--out", str(out), "--curvature", "0.5"]
+    base, adapted = finetune.main([*argv, *train, *more])
+    columns = ["% gsm8k/test", "% SVAMP/test", "% boolq", "M.AVG", "AVG"]
+    assert list(base) == ["adapter", "trainable", "share %", "loss", *columns, "seconds"]
+    lines = [json.loads(line) for line in said.read_text().splitlines()]
     assert len(lines) == 2 * (4 + 4 + 2)
     assert [line["record"] for line in lines[:5]] == [1, 2, 3, 4, 1]
     assert lines[-1]["answer"] == "true" and lines[-1]["adapter"] == "HypLoRA 0.5"
-    trained = lines[10:]
-    (only,) = finetune.main([*argv, "--score-only", adapted["path"], *scoring])
-    lines = [json.loads(line) for line in open(tmp_path / "said.jsonl", encoding="utf-8")]
-    assert [line["output"] for line in lines] == [line["output"] for line in trained]
-    for column, value in only["metrics"].items():
-        assert value == adapted["metrics"][column]
+    adapter = str(out / "hyplora-0.5.pt")
+    (only,) = finetune.main([*argv, "--score-only", adapter])
+    again = [json.loads(line)["output"] for line in said.read_text().splitlines()]
+    assert (
+        again == [line["output"] for line in lines[10:]] != [line["output"] for line in lines[:10]]
+    )
+    assert {column: only[column] for column in columns} == {c: adapted[c] for c in columns}
+    with pytest.raises(SystemExit, match="was trained with --template alpaca: leave it out"):
+        finetune.main([*argv, "--score-only", adapter, "--template", "chat"])
+    other = write_folder(tmp_path / "other", seed=1)
+    with pytest.raises(SystemExit, match="was trained on another base"):
+        finetune.main([*argv, "--score-only", adapter, "--checkpoint", other])
+    (out / "options.json").unlink()
+    with pytest.raises(SystemExit, match="no options.json lies beside"):
+        finetune.main([*argv, "--score-only", adapter])
+    with pytest.raises(SystemExit, match="none.pt"):
+        finetune.main([*argv, "--score-only", str(out / "none.pt"), "--template", "chat"])
 
 
-def test_the_adapter_is_saved_before_it_is_scored(tmp_path, monkeypatch):
-    write_small_checkpoint(tmp_path / "model")
-    data = str(write_sums(tmp_path / "sums.json"))
+def test_the_fingerprint_knows_another_base_and_not_another_dtype(tmp_path):
+    folder = write_folder(tmp_path / "model")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    before = finetune.fingerprint(model)
+    assert finetune.fingerprint(load(folder, dtype=torch.float32)) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.1
+    assert finetune.fingerprint(model) != before
 
-    def fails(self, model, adapter):
-        if adapter != "base":
+
+def test_a_folder_that_lacks_a_tensor_ends_the_run(tmp_path):
+    folder = write_folder(tmp_path / "model", num_hidden_layers=1)
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    args = finetune.parse_arguments(["--checkpoint", folder, "--data", "x", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="lacks the tensors .*layers.1"):
+        finetune.load_base(args)
+
+
+def test_the_adapter_is_saved_before_it_is_scored(llama, tmp_path, monkeypatch):
+    def fails(model, name, *rest):
+        if name != "base":
             raise RuntimeError("out of memory")
         return {}
 
-    monkeypatch.setattr(finetune.Scorer, "__call__", fails)
-    argv = ["--checkpoint", str(tmp_path / "model"), "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(finetune, "score", fails)
+    argv = ["--checkpoint", llama, "--device", "cpu", "--out", str(tmp_path / "out")]
     with pytest.raises(RuntimeError, match="out of memory"):
-        finetune.main([*argv, "--data", data, "--steps", "1", "--adapter", "lora"])
-    assert len(list(tmp_path.glob("sums-lora-*.pt"))) == 1
+        finetune.main([*argv, "--data", write_sums(tmp_path / "sums.json"), "--steps", "1"])
+    assert (tmp_path / "out" / "lora.pt").exists()
