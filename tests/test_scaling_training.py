@@ -162,7 +162,7 @@ def test_the_adapters_with_the_lowest_validation_loss_are_kept(llama, tmp_path, 
         seen.append(state)
         save(state, path)
 
-    monkeypatch.setattr(training.training, "save_atomically", keep)
+    monkeypatch.setattr(training, "save_atomically", keep)
     finetune.main(options(llama, tmp_path, "out", *more))
     monkeypatch.undo()
     states = [state for state in seen if "step" in state]
