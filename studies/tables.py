@@ -1,0 +1,91 @@
+"""Tables, intervals and stamps: what every study prints, in Markdown."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+
+def markdown(rows):
+    """Rows, each {column: cell} -> the text of a table. The first column is aligned to the left.
+
+    A column stands where the first row that has it puts it; a row without it has an empty cell.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def grid(names, columns, cell):
+    """The rows of a table whose cell in a row and a column is cell(name, column)."""
+    return [{"": name} | {column: cell(name, column) for column in columns} for name in names]
+
+
+def mean_and_spread(values, digits=3):
+    """The mean of numbers and their standard deviation: how far they lie apart."""
+    values = np.asarray(values, dtype=float)
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def mean_and_interval(values, digits=4):
+    """The mean of independent numbers and its 95 % interval, as Student's law gives it."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+
+
+def median_and_quartiles(values, digits=2):
+    """The median of numbers, and between what the middle half of them lies."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def machine(device="cpu"):
+    """The processor or the GPU, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def commit():
+    """The commit of this checkout, "-dirty" where files were changed since, or "no commit"."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # There is no git.
+        return "no commit"
+    return f"commit {found.stdout.strip()}" if found.returncode == 0 else "no commit"
+
+
+def stamp(command, device="cpu", libraries=()):
+    """When, where, with what and by which command: the line above what a study prints."""
+    versions = [f"{library.__name__} {library.__version__}" for library in (torch, *libraries)]
+    where = f"{datetime.date.today()}, {machine(device)}, {commit()}"
+    return f"{where}, {', '.join(versions)}. `{command}`"
+
+
+def write_section(path, title, body):
+    """Replace the section "## title" of a Markdown file where it stands, or append it.
+
+    The rest of the file stays as it is, and a crash leaves the old file or the new one, whole.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    old = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    before, after = (text[: old.start()], text[old.end() :]) if old else (text, "")
+    text = f"{before.rstrip()}\n\n## {title}\n\n{body.strip()}\n\n{after}".rstrip() + "\n"
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
