@@ -824,3 +824,22 @@ def test_disable_is_one_switch_for_all_threads_and_says_so():
         thread.start()
         thread.join()
     assert torch.equal(results[0], one_linear()(X))
+
+
+@pytest.mark.parametrize("gain", [0.25, 0.5, 1.0, 2.0, 4.0])
+def test_the_curves_of_the_picture_follow_the_law_of_sinh(gain):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    from examples.hyperboloid import radius_of_update
+
+    radius = torch.linspace(0.01, 5, 50, dtype=torch.float64)
+    expected = torch.asinh(gain * torch.sinh(radius))
+    assert radius_of_update(radius.float(), gain).double() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_picture_of_the_maps_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    from examples import hyperboloid
+
+    monkeypatch.setattr("sys.argv", ["hyperboloid", "--out", str(tmp_path)])
+    hyperboloid.main()
+    assert (tmp_path / "hyperboloid.png").stat().st_size > 10_000
