@@ -79,14 +79,14 @@ def read_embedding(folder):
         sys.exit(f"{folder} is no folder, and nothing is downloaded")
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         sys.exit(f"{folder} holds an adapter: give the folder of its base, or of both merged")
-    options = {"dtype": "auto", "output_loading_info": True}
-    model, loaded = load(transformers.AutoModel, folder, **options)
+    model, loaded = load(transformers.AutoModel, folder, dtype="auto", output_loading_info=True)
     layer = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     if f"{name}.weight" in loaded["missing_keys"]:
         sys.exit(f"{folder} has no tensor for {name}.weight, the model's embedding")
     weight = layer.weight.detach()
-    if type(weight) is not torch.Tensor or not weight.is_floating_point():
+    unread = [key for key in loaded["unexpected_keys"] if f"{name}." in key]  # such as its scales
+    if type(weight) is not torch.Tensor or any(not key.endswith(".weight") for key in unread):
         sys.exit(f"the embedding in {folder} is quantized: give a checkpoint that keeps it whole")
     return weight.float().cpu()
 

@@ -401,6 +401,15 @@ def test_the_packed_numbers_of_mlx_are_not_taken_for_vectors(checkpoint, says_so
     assert "transformers can't load" in refused(embeddings.read_embedding, checkpoint)
 
 
+def test_whole_numbers_are_not_measured_without_their_scales(checkpoint):
+    tensors = tensors_of(checkpoint)
+    vectors = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = (1000 * vectors).to(torch.int8)
+    tensors["model.embed_tokens.weight_scale"] = torch.full((16,), 0.001)
+    safetensors.torch.save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    assert "is quantized" in refused(embeddings.read_embedding, checkpoint)
+
+
 def test_an_adapters_embedding_is_not_taken_for_the_models(checkpoint, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
