@@ -9,23 +9,27 @@ of the ratio within a round, with the quartiles. What fails is a row that says w
     python -m studies.cost decode --shape 7b --batch 1 32 --out decode_7b.json
     python -m studies.cost profile --shape 135m --batch 8 --only "HypLoRA, kernels"
     python -m studies.cost step decode --shape toy --length 16          # on a CPU: seconds
+    torchrun --nproc-per-node 4 -m studies.cost processes --shape 7b --batch 2 --out processes.json
+    python -m studies.cost --table *.json --results studies/RESULTS.md
 
 step measures a training step: its time, its kernels (whatever runs on the GPU) and its peak of
 memory. decode measures a token of greedy generation, launched by the host and as a CUDA graph.
-profile prints where the host's and the GPU's time goes in one step. Needs transformers and peft.
+profile prints where the host's and the GPU's time goes in one step. processes trains on as many
+processes as torchrun started, with the whole base on each (DDP) and spread over them (FSDP2).
+--table prints the tables of raw results. Needs transformers and peft.
 """
 
 import argparse
 import copy
-import datetime
 import functools
 import gc
 import itertools
 import json
 import math
 import pathlib
-import platform
+import resource
 import statistics
+import sys
 import time
 import warnings
 
@@ -36,6 +40,8 @@ import torch.nn.functional as F
 import transformers
 
 from hyplora import inject_hyplora
+from scaling.training import is_main, rank_and_count, spread, start_processes, sum_over_processes
+from studies.tables import markdown, median_and_quartiles, stamp, write_section
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BASELINE = "PEFT's LoRA"
@@ -53,6 +59,7 @@ SHAPES = {
     "135m": dict(zip(NAMES, ("llama", 576, 30, 9, 3, 1536, 49152, True))),  # SmolLM2-135M
     "1.5b": dict(zip(NAMES, ("qwen2", 1536, 28, 12, 2, 8960, 151936, True))),  # Qwen2.5-1.5B
     "7b": dict(zip(NAMES, ("qwen2", 3584, 28, 28, 4, 18944, 152064, False))),  # Qwen2.5-7B
+    "70b": dict(zip(NAMES, ("llama", 8192, 80, 64, 8, 28672, 128256, False))),  # Llama 3.1 70B
 }
 
 
@@ -61,15 +68,19 @@ def wait():
         torch.cuda.synchronize()
 
 
-def build(shape):
-    """A model with random weights, made on the device."""
+def build(shape, device=DEVICE):
+    """A frozen model with random weights, made on the device."""
     rest = dict(max_position_embeddings=32768, bos_token_id=0, eos_token_id=0, pad_token_id=None)
     config = transformers.AutoConfig.for_model(**SHAPES[shape], **rest)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     make = transformers.AutoModelForCausalLM.from_config
-    with torch.device(DEVICE):
+    with torch.device(device):
         model = make(config, dtype=dtype, attn_implementation="sdpa")
-    return model.to(DEVICE).requires_grad_(False).train()
+    return model.to(device).requires_grad_(False).train()
+
+
+def random_ids(shape, batch, length):
+    return torch.randint(0, SHAPES[shape]["vocab_size"], (batch, length), device=DEVICE)
 
 
 # --- Contenders ---------------------------------------------------------------------------------
@@ -102,24 +113,30 @@ CONTENDERS = {
 
 
 class Contender:
-    """A model with its adapters and optimizer."""
+    """A model with its adapters and optimizer. engine: what runs it, such as DDP."""
 
-    def __init__(self, name, base):
-        shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
-        self.model = CONTENDERS[name](copy.deepcopy(base, shared))
-        for key, p in self.model.named_parameters():
+    def __init__(self, model, engine=None):
+        self.model = model
+        self.engine = engine or model
+        for key, p in model.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(p, std=0.01)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda")
 
     def step(self, ids):
         """One training step."""
-        logits = self.model(input_ids=ids, use_cache=False).logits
+        logits = self.engine(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def contend(name, base):
+    """A contender on a copy of the base that shares its tensors."""
+    shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    return Contender(CONTENDERS[name](copy.deepcopy(base, shared)))
 
 
 def attempt(action, subject, failed, name):
@@ -257,6 +274,49 @@ def print_profile(contenders, ids):
             say(profile.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
 
 
+# --- Several processes --------------------------------------------------------------------------
+
+
+def in_processes(name, shape, is_spread):
+    """A contender on each process, with the whole base or, where is_spread, with a part of it."""
+    if not is_spread:
+        model = CONTENDERS[name](build(shape))
+        several = rank_and_count()[1] > 1
+        engine = nn.parallel.DistributedDataParallel(model) if several else model
+        return Contender(model, engine)
+    # The main process alone has the whole model, on its host. Numbers do not matter, only sizes.
+    whole = build(shape, "meta")
+    if is_main():
+        whole = CONTENDERS[name](whole.to_empty(device="cpu"))
+        for tensor in whole.state_dict().values():
+            tensor.fill_(0.01)
+    return Contender(spread(whole, CONTENDERS[name](build(shape, "meta")), torch.device(DEVICE)))
+
+
+def measure_processes(args):
+    """One row for each contender and layout: {"seconds": of each round, peaks in bytes}."""
+    start_processes(torch.device(DEVICE))
+    results = {}
+    count = rank_and_count()[1]
+    for name, is_spread in itertools.product(args.only, (False, True)[: 1 + (count > 1)]):
+        if args.shape == "70b" and not is_spread:
+            continue  # No GPU holds it whole.
+        contender = in_processes(name, args.shape, is_spread)
+        ids = random_ids(args.shape, args.batch[0], args.length)
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [seconds_of(contender.step, ids) for _ in range(args.rounds + 2)][2:]
+        peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+        host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        hosts = [host if rank_and_count()[0] == rank else 0 for rank in range(count)]
+        row = {"seconds": seconds, "peak": peak, "hosts": sum_over_processes(*hosts)}
+        layout = "spread" if is_spread else "whole"
+        results[f"{name}, {layout}"] = row | {"count": count, "tokens": count * ids.numel()}
+        del contender
+        gc.collect()
+    return results
+
+
 # --- Tables -------------------------------------------------------------------------------------
 
 
@@ -264,9 +324,7 @@ def ratio(results, name, baseline, key):
     """The median over rounds of time over the baseline's, with the quartiles."""
     if key not in results.get(baseline, {}):
         return ""
-    ratios = [a / b for a, b in zip(results[name][key], results[baseline][key])]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    return median_and_quartiles([a / b for a, b in zip(results[name][key], results[baseline][key])])
 
 
 def make_row(results, name, tokens):
@@ -276,7 +334,7 @@ def make_row(results, name, tokens):
     for key in ("step", "token", "graph"):
         if key in own:
             label = "token as a CUDA graph" if key == "graph" else key
-            row[f"ms a {label}"] = f"{1e3 * statistics.median(own[key]):.2f}"
+            row[f"ms a {label}"] = f"{1e3 * statistics.median(own[key]):.1f}"
             row[f"{key} over PEFT's LoRA"] = ratio(results, name, BASELINE, key)
             row[f"{key} over our LoRA"] = ratio(results, name, OURS, key)
     if "step" in own:
@@ -285,65 +343,96 @@ def make_row(results, name, tokens):
         theirs = results.get(BASELINE, own)["peak"]
         row["kernels"] = f"{own['kernels']:,}"
         row["GPU busy, ms"] = f"{1e3 * own['busy']:.1f}"
-        row["peak GiB"] = f"{own['peak'] / 2**30:.2f}"
-        row["peak over PEFT's LoRA"] = f"{own['peak'] / theirs:.3f}"
+        row["peak GiB"] = f"{own['peak'] / 2**30:.1f}"
+        row["peak over PEFT's LoRA"] = f"{own['peak'] / theirs:.2f}"
     return row
 
 
-def markdown(rows):
-    """Rows are dictionaries. Columns are those of the longest row."""
-    columns = list(max(rows, key=len))
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
-    for row in rows:
-        lines.append([row.get(column, "") for column in columns])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def row_of_processes(results, name):
+    own = results[name]
+    row = {"": name, "processes": own["count"]}
+    row["tokens/s"] = f"{own['tokens'] / statistics.median(own['seconds']):,.0f}"
+    row["ms a step"] = f"{1e3 * statistics.median(own['seconds']):.0f}"
+    row["peak GiB of a GPU"] = f"{own['peak'] / 2**30:.1f}"
+    main, *others = [host / 2**30 for host in own["hosts"]]
+    row["peak GiB of the first host process"] = f"{main:.1f}"
+    row["of another"] = f"{max(others):.1f}" if others else ""
+    return row
 
 
-def stamp():
-    """Date, machine and versions."""
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
-    libraries = (torch, transformers, peft)
-    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
-    return f"{datetime.date.today()}, {card}, {versions}"
+def print_table(record, path=None):
+    """Print the table of a record of raw results, and write it into the Markdown file at path."""
+    results = record["results"]
+    if record["title"].startswith("processes"):
+        rows = [row_of_processes(results, name) for name in results]
+    else:
+        rows = [make_row(results, name, record["tokens"]) for name in results]
+    rows += [{"": f"{name}: {why}"} for name, why in record["failed"].items()]
+    body = f"{record['stamp']}\n\n{markdown(rows)}"
+    say(f"\n## {record['title']}\n\n{body}")
+    if path:
+        write_section(path, record["title"], body)
+
+
+def measure(args, part, batch, contenders):
+    """(tokens of a step, results of each contender, why others failed)"""
+    length = PROMPT if part == "decode" else args.length
+    ids = random_ids(args.shape, batch, length)
+    for contender in contenders.values():
+        contender.model.train(part != "decode")
+    failed = {}
+    measure_part = measure_step if part == "step" else measure_decode
+    return ids.numel(), measure_part(contenders, ids, failed, args.rounds), failed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="+", choices=["step", "decode", "profile"])
-    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parts = ["step", "decode", "profile", "processes"]
+    parser.add_argument("parts", nargs="*", choices=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("--shape", choices=list(SHAPES), default="toy")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence of a step")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--out", help="a JSON file for the raw results")
+    parser.add_argument("--table", nargs="+", default=[], help="raw results to print tables of")
+    parser.add_argument("--results", help="a Markdown file that gets the tables, too")
     args = parser.parse_args()
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
-    base = build(args.shape)
-    broken = {}
-    make = functools.partial(Contender, base=base)
-    contenders = {name: attempt(make, name, broken, name) for name in args.only}
-    contenders = {name: made for name, made in contenders.items() if made is not None}
+    for path in args.table:
+        for record in json.loads(pathlib.Path(path).read_text()):
+            print_table(record, args.results)
+    command = f"python -m studies.cost {' '.join(sys.argv[1:])}"
+    head = stamp(command, DEVICE, (transformers, peft))
     records = []
-    for part, batch in itertools.product(args.parts, args.batch):
-        length = PROMPT if part == "decode" else args.length
-        ids = torch.randint(0, SHAPES[args.shape]["vocab_size"], (batch, length), device=DEVICE)
-        title = f"{part}, {args.shape}, {batch} x {length}"
-        say(f"\n## {title}\n\n{stamp()}; {args.rounds} rounds\n")
-        for contender in contenders.values():
-            contender.model.train(part != "decode")
-        if part == "profile":
-            print_profile(contenders, ids)
-            continue
-        failed = dict(broken)
-        measure = measure_step if part == "step" else measure_decode
-        results = measure(contenders, ids, failed, args.rounds)
-        rows = [make_row(results, name, ids.numel()) for name in results]
-        rows += [{"": f"{name}: {why}"} for name, why in failed.items()]
-        say(f"{markdown(rows)}\n")
-        records.append(dict(title=title, stamp=stamp(), results=results, failed=failed))
+
+    def keep(title, tokens, results, failed):
+        record = dict(title=title, stamp=head, tokens=tokens, results=results, failed=failed)
+        records.append(record)
+        print_table(record, args.results)
         if args.out:
             pathlib.Path(args.out).write_text(json.dumps(records, indent=1))
+
+    if args.parts == ["processes"]:
+        results = measure_processes(args)
+        title = f"processes, {args.shape}, {args.batch[0]} x {args.length} each"
+        if is_main():
+            keep(f"{title}, {rank_and_count()[1]} of them", 0, results, {})
+    elif args.parts:
+        base = build(args.shape)
+        broken = {}
+        make = functools.partial(contend, base=base)
+        contenders = {name: attempt(make, name, broken, name) for name in args.only}
+        contenders = {name: made for name, made in contenders.items() if made is not None}
+        for part, batch in itertools.product(args.parts, args.batch):
+            if part == "profile":
+                ids = random_ids(args.shape, batch, args.length)
+                print_profile(contenders, ids)
+                continue
+            tokens, results, failed = measure(args, part, batch, contenders)
+            title = f"{part}, {args.shape}, {batch} x {tokens // batch}"
+            keep(title, tokens, results, broken | failed)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_every_contender_has_a_row_and_its_raw_results(monkeypatch, tmp_path, ca
     assert len(step["results"]["HypLoRA"]["step"]) == 2
     assert len(decode["results"]["HypLoRA"]["token"]) == 2
     printed = capsys.readouterr().out
-    assert printed.count("| PEFT's LoRA | ") == 2 and "1.000 (1.000 to 1.000)" in printed
+    assert printed.count("| PEFT's LoRA | ") == 2 and "1.00 (1.00 to 1.00)" in printed
 
 
 def test_a_contender_that_fails_is_a_row_that_says_why(monkeypatch, capsys):
@@ -44,5 +44,5 @@ def test_a_contender_that_fails_is_a_row_that_says_why(monkeypatch, capsys):
 
 def test_a_ratio_is_taken_within_rounds():
     results = {"a": {"step": [2.0, 40.0, 3.0]}, "b": {"step": [1.0, 10.0, 1.0]}}
-    assert cost.ratio(results, "a", "b", "step") == "3.000 (2.500 to 3.500)"
+    assert cost.ratio(results, "a", "b", "step") == "3.00 (2.50 to 3.50)"
     assert cost.ratio(results, "a", "missing", "step") == ""
