@@ -363,7 +363,7 @@ def row_of_processes(results, name):
 def print_table(record, path=None):
     """Print the table of a record of raw results, and write it into the Markdown file at path."""
     results = record["results"]
-    if record["title"].startswith("processes"):
+    if record["tokens"] is None:
         rows = [row_of_processes(results, name) for name in results]
     else:
         rows = [make_row(results, name, record["tokens"]) for name in results]
@@ -388,7 +388,7 @@ def measure(args, part, batch, contenders):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = ["step", "decode", "profile", "processes"]
-    parser.add_argument("parts", nargs="*", choices=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     parser.add_argument("--shape", choices=list(SHAPES), default="toy")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence of a step")
@@ -398,6 +398,8 @@ def main():
     parser.add_argument("--table", nargs="+", default=[], help="raw results to print tables of")
     parser.add_argument("--results", help="a Markdown file that gets the tables, too")
     args = parser.parse_args()
+    if not set(args.parts) <= set(parts) or not (args.parts or args.table):
+        parser.error(f"give --table FILE ..., or one or more of {parts}, got {args.parts}")
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
     for path in args.table:
@@ -416,9 +418,12 @@ def main():
 
     if args.parts == ["processes"]:
         results = measure_processes(args)
-        title = f"processes, {args.shape}, {args.batch[0]} x {args.length} each"
+        count = rank_and_count()[1]
+        title = (
+            f"Cost on {count} processes: {args.shape}, {args.batch[0]} x {args.length} tokens each"
+        )
         if is_main():
-            keep(f"{title}, {rank_and_count()[1]} of them", 0, results, {})
+            keep(title, None, results, {})
     elif args.parts:
         base = build(args.shape)
         broken = {}
@@ -431,7 +436,8 @@ def main():
                 print_profile(contenders, ids)
                 continue
             tokens, results, failed = measure(args, part, batch, contenders)
-            title = f"{part}, {args.shape}, {batch} x {tokens // batch}"
+            what = {"step": "a training step", "decode": "a generated token"}[part]
+            title = f"Cost of {what}: {args.shape}, {batch} x {tokens // batch} tokens"
             keep(title, tokens, results, broken | failed)
 
 
