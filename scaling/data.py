@@ -1,19 +1,16 @@
-"""The paper's JSON -> prompts and answers, as tokens.
+"""The paper's JSON -> prompts and answers, as tokens. README.md has the data format."""
 
-A file is a JSON list, or JSON lines, of {"instruction", "input", "output", "answer"}. Training
-learns `output` and needs no `answer`; scoring compares with `answer` and needs no `output`.
-"""
-
+import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from collections import namedtuple
+from pathlib import Path
 
-from scaling.scoring import answer_kind
+from scaling.scoring import pattern_of
 from scaling.training import say
 
 try:
-    import jinja2  # transformers renders chat templates with it.
     import transformers
 except ImportError as error:
     sys.exit(f"scaling/ is built on transformers ({error}): pip install transformers jinja2")
@@ -24,173 +21,118 @@ ALPACA = (  # of the paper's code, and of Alpaca before it
     "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 SYSTEM = "You are a helpful assistant."  # what the authors tell Qwen and Gemma
-TEMPLATES = ("alpaca", "chat", "chat-alpaca")
-# What a chat template is tried with.
-QUESTION = "Which number comes after 41?"
+QUESTION = "Which number comes after 41?"  # A chat template is tried with these two.
 ANSWER = "Forty-two."
 
 
 def read_prompts(args, saved=None):
     """The Prompts of args.checkpoint. saved: options.json of the run that an adapter comes from."""
-    folder = args.checkpoint
-    if not os.path.isdir(folder):
+    folder = Path(args.checkpoint)
+    if not folder.is_dir():
         sys.exit(f"--checkpoint {folder} is no folder, and nothing is downloaded")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, KeyError, ValueError, ImportError) as error:
-        sys.exit(f"--checkpoint {folder} can't be used: {error}")
-    stop = config.get_text_config().eos_token_id
-    if os.path.exists(os.path.join(folder, "generation_config.json")):
-        stop = transformers.GenerationConfig.from_pretrained(folder).eos_token_id or stop
-    stop = tokenizer.eos_token_id if stop is None else stop
-    template = args.template
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if saved is not None:
-        if template not in (None, saved["template"]):
+        if args.template not in (None, saved["template"]):
             sys.exit(f"the adapter was trained with --template {saved['template']}: leave it out")
-        template = saved["template"]
-        stop = saved["stop"]
         tokenizer.chat_template = saved["chat_template"]
-    elif template is None:
+        return Prompts(tokenizer, saved["stop"], saved["template"])
+    config = transformers.AutoConfig.from_pretrained(folder)
+    template = args.template
+    if template is None:
         template = "chat" if tokenizer.chat_template else "alpaca"
         if template == "chat" and args.recipe is not None and config.model_type == "llama":
             template = "chat-alpaca"  # So the authors ask Llama 3.
-    if stop is None:
-        sys.exit(f"{folder} names no eos_token_id: add one to its generation_config.json")
-    prompts = Prompts(tokenizer, stop if isinstance(stop, list) else [stop], template)
-    prompts.family = config.model_type
-    say(f"prompts: {template}; an answer ends with {tokenizer.decode([prompts.end])!r}")
-    return prompts
+    sources = [config.get_text_config(), tokenizer]
+    if Path(folder, "generation_config.json").exists():
+        sources.insert(0, transformers.GenerationConfig.from_pretrained(folder))
+    for source in sources:
+        stop = source.eos_token_id
+        if stop is not None:
+            return Prompts(tokenizer, stop if isinstance(stop, list) else [stop], template)
+    sys.exit(f"{folder} names no eos_token_id: add one to its generation_config.json")
 
 
 class Prompts:
-    """A model's tokenizer, and how it is asked.
-
-    template: "alpaca", the plain text of the paper's code; "chat", the tokenizer's own chat
-    template around the instruction; "chat-alpaca", that template around the Alpaca text.
+    """A tokenizer, and how it is asked: "alpaca" is the plain text of the paper's code, "chat" the
+    chat template around the instruction, "chat-alpaca" that template around the Alpaca text.
     stop: the ids that end an answer. `end` is the one of them that training appends.
     """
 
     def __init__(self, tokenizer, stop, template):
         self.tokenizer = tokenizer
-        self.template = template
         self.stop = stop
+        self.template = template
         self.end = stop[0]
         self.system = SYSTEM if template == "chat" else None
-        self.blanks = ""  # what stands between a prompt and its answer
-        self.has_own_prompt = True
         self.start = []  # what the tokenizer puts before a text, such as <s>; a template has it
+        self.blanks = ""  # what stands between a prompt and its answer
         if template == "alpaca":
             special = tokenizer("a")["input_ids"]
-            self.start = special[: special.index(self.ids("a")[0])]
+            self.start = special[: special.index(self.encode("a")[0])]
         else:
             self.try_chat_template()
-
-    def settings(self):
-        """What has to be the same where an adapter is scored or resumed."""
-        chat = self.tokenizer.chat_template
-        return {"template": self.template, "stop": self.stop, "chat_template": chat}
+        say(f"prompts: {template}; an answer ends with {tokenizer.decode([self.end])!r}")
 
     def try_chat_template(self):
         """See what the chat template does with a question and its answer, or end the run."""
-        if not self.tokenizer.chat_template:
-            sys.exit("the tokenizer has no chat template; --template alpaca needs none")
         try:
-            self.render(QUESTION)
-        except jinja2.TemplateError:
+            self.render(QUESTION, QUESTION)
+        except ValueError:
             self.system = None  # Some templates, as Gemma 1's, take no system message.
         try:
-            prompt = self.render(QUESTION)
-            conversation = self.render(QUESTION, ANSWER)
-        except jinja2.TemplateError as error:
-            sys.exit(f"the chat template can't be rendered: {error}; try --template alpaca")
-        before, answer, after = conversation.rpartition(ANSWER)
-        if QUESTION not in before or not answer:
-            given = f"{QUESTION!r} and {ANSWER!r} as {conversation!r}"
-            sys.exit(f"the chat template renders {given}; --template alpaca needs none")
-        # Prompt and answer together have to be what the model would read in a conversation. Some
-        # templates have no prompt for an answer, or one that opens a thought.
-        self.has_own_prompt = prompt == before
-        if not self.has_own_prompt:
-            self.blanks = before[len(before.rstrip(" ")) :]
-            say("prompts are cut from a conversation, as the template's own prompt differs from it")
-        for token in self.ids(after):
-            if token in self.stop:
-                self.end = token
-                break
+            before, after = self.render(QUESTION, QUESTION)
+        except ValueError as error:
+            sys.exit(f"{error}; --template alpaca needs no chat template")
+        self.blanks = before[len(before.rstrip(" ")) :]
+        self.end = next((token for token in self.encode(after) if token in self.stop), self.end)
 
-    def render(self, content, answer=None):
-        """One turn in the chat template: up to where its answer begins, or with the answer."""
-        messages = [{"role": "user", "content": content}]
+    def render(self, content, instruction):
+        """(what is before ANSWER, what is after it) in a conversation. Raises ValueError."""
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": ANSWER}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
-        )
-
-    def ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            conversation = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # A template may raise anything.
+            raise ValueError(f"the chat template fails: {error}") from None
+        before, answer, after = conversation.rpartition(ANSWER)
+        if instruction not in before or not answer:
+            raise ValueError(f"the chat template renders {instruction!r:.50} as {conversation!r}")
+        return before, after
 
     def encode(self, text):
-        """Text -> token ids. Nothing is appended, though some tokenizers would."""
-        return self.start + self.ids(text)
+        """Text -> token ids without an end token, which some tokenizers would append."""
+        return (
+            self.start + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
 
     def decode(self, ids):
         """Token ids up to the first that ends an answer -> text without special tokens."""
-        answer = []
-        for token in ids:
-            if token in self.stop:
-                break
-            answer.append(token)
-        return self.tokenizer.decode(answer, skip_special_tokens=True)
+        answer = itertools.takewhile(lambda token: token not in self.stop, ids)
+        return self.tokenizer.decode([*answer], skip_special_tokens=True)
 
     def prompt(self, instruction, input_text=""):
         """What the model is given for a record, as text. Raises ValueError."""
-        content = instruction
-        if self.template == "chat" and input_text:
-            content = f"{instruction}\n\nInput:\n{input_text}"
-        elif self.template != "chat":
+        if self.template == "chat":
+            content = f"{instruction}\n\nInput:\n{input_text}" if input_text else instruction
+        else:
             more = f"### Input:\n{input_text}\n\n" if input_text else ""
             content = ALPACA.format(instruction=instruction, input=more)
         if self.template == "alpaca":
             return content
-        try:
-            if self.has_own_prompt:
-                prompt = self.render(content)
-            else:
-                prompt = self.render(content, ANSWER).rpartition(ANSWER)[0].rstrip(" ")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
-        if instruction not in prompt:
-            raise ValueError("the chat template changes the instruction")
-        return prompt
+        return self.render(content, instruction)[0].removesuffix(self.blanks)
 
     def split(self, prompt, output):
-        """(prompt ids, target ids) of one sequence: the encoded prompt and output, then the end.
-
-        They are encoded together, as a tokenizer may begin a text of its own in another way. A
-        token that stands across the border belongs to the target.
-        """
+        """(prompt ids, target ids), encoded together; a token across the border is the target's."""
         prompt_ids = self.encode(prompt)
         whole = self.encode(prompt + self.blanks + output)
-        border = 0
-        while border < min(len(prompt_ids), len(whole)) and prompt_ids[border] == whole[border]:
-            border += 1
+        border = len(os.path.commonprefix([prompt_ids, whole]))
         end = [] if whole[-1] == self.end else [self.end]
         return whole[:border], whole[border:] + end
 
 
-@dataclass
-class Record:
-    """One question. Training needs target_ids, scoring needs answer."""
-
-    position: int  # in its file, from 1
-    instruction: str
-    prompt_ids: list
-    target_ids: list = field(default_factory=list)
-    answer: str = ""
+# position counts from 1; a record for scoring has no target_ids, one for training no answer.
+Record = namedtuple("Record", "position prompt_ids target_ids answer")
 
 
 def text_field(record, name, needed=True):
@@ -198,88 +140,58 @@ def text_field(record, name, needed=True):
     value = record.get(name)
     if value is None or value != value:  # NaN is what pandas writes for a missing field.
         value = ""
-    elif isinstance(value, (bool, int, float)):
-        value = json.dumps(value)
-    elif not isinstance(value, str):
+    if not isinstance(value, (str, int, float)):
         raise ValueError(f"{name} is a {type(value).__name__}, and should be text")
-    if needed and not value.strip():
+    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    if needed and not text:
         raise ValueError(f"{name} is missing or empty")
-    value.encode()  # This raises a ValueError for half a character, which JSON can hold.
-    return value.strip()
+    text.encode()  # This raises a ValueError for half a character, which JSON can hold.
+    return text
 
 
 def read_objects(path):
-    """The JSON objects of a file: a list's, or one a line. What is not JSON ends the run.
-
-    Text is UTF-8, with or without a byte order mark, whatever the locale says. A line ends at a
-    line feed and nowhere else.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{path} can't be read: {error}")
+    """The JSON objects of a list, or one a line. What is not JSON ends the run."""
     objects = []
     try:
+        text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             objects = json.loads(text)
         else:
             for line in text.split("\n"):
                 objects += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
-        place = f"record {len(objects) + 1}: " if objects else ""
-        sys.exit(f"{path} is neither one JSON list nor JSON lines: {place}{error}")
-    for position, found in enumerate(objects, 1):
-        if not isinstance(found, dict):
-            sys.exit(f"{path}, record {position} should be a JSON object, and is {found!r:.40}")
+        sys.exit(f"{path} is no JSON list and no JSON lines: record {len(objects) + 1}: {error}")
     return objects
 
 
-def read_record(found, position, prompts, for_scoring):
+def read_record(found, position, prompts, training):
     """A JSON object -> Record. Raises ValueError that says why it can't be used."""
+    if not isinstance(found, dict):
+        raise ValueError("it should be a JSON object")
     instruction = text_field(found, "instruction")
     prompt = prompts.prompt(instruction, text_field(found, "input", needed=False))
-    if for_scoring:
+    if training is None:
         answer = text_field(found, "answer")
-        answer_kind(answer)  # Raises what nobody could score.
-        return Record(position, instruction, prompts.encode(prompt), answer=answer)
-    return Record(position, instruction, *prompts.split(prompt, text_field(found, "output")))
+        pattern_of(answer)  # Raises what nobody could score.
+        return Record(position, prompts.encode(prompt), [], answer)
+    prompt_ids, target_ids = prompts.split(prompt, text_field(found, "output"))
+    target_ids = target_ids[: max(0, training.cutoff - len(prompt_ids))]
+    if not target_ids and training.loss_on == "answer":
+        raise ValueError(f"--cutoff {training.cutoff} leaves nothing of its output")
+    return Record(position, prompt_ids[: training.cutoff], target_ids, "")
 
 
-def read_records(path, prompts, for_scoring=False):
-    """A file of records -> a list of Record, with target_ids or, for_scoring, with answer.
-
-    A record that can't be used is named and left out. A file without a usable one ends the run.
-    """
+def read_records(path, prompts, training=None):
+    """The usable records of a file, for scoring, or for training with these options."""
     records = []
-    bad = 0
+    bad = []
     for position, found in enumerate(read_objects(path), 1):
         try:
-            records.append(read_record(found, position, prompts, for_scoring))
+            records.append(read_record(found, position, prompts, training))
         except ValueError as error:
-            bad += 1
-            if bad <= 3:
-                say(f"{path}, record {position} is left out: {error}")
-    say(f"{path}: {len(records)} records" + (f", {bad} left out" if bad else ""))
+            bad.append(f"record {position}: {error}")
+    cut = [r for r in records if training and r.target_ids[-1:] != [prompts.end]]
+    say(f"{path}: {len(records)} records, {len(cut)} of them cut; {len(bad)} left out {bad[:3]}")
     if not records:
-        wanted = "instruction and answer" if for_scoring else "instruction and output"
-        sys.exit(f"{path} has no usable record: it takes JSON objects with {wanted}")
+        sys.exit(f"{path} has no usable record")
     return records
-
-
-def cut_records(records, cutoff, loss_on):
-    """Cut what is longer than cutoff tokens, and leave out what has then nothing left to learn."""
-    kept = []
-    cut = 0
-    for record in records:
-        room = max(0, cutoff - len(record.prompt_ids))
-        cut += len(record.target_ids) > room
-        record.prompt_ids = record.prompt_ids[:cutoff]
-        record.target_ids = record.target_ids[:room]
-        if record.target_ids or loss_on == "all":
-            kept.append(record)
-    if cut:
-        say(f"{cut} records are cut at {cutoff} tokens, {len(records) - len(kept)} are left out")
-    if not kept:
-        sys.exit("--cutoff leaves nothing to learn: raise it, or take --loss-on all")
-    return kept

@@ -19,7 +19,7 @@ import transformers
 from conftest import CHATML, END, SPECIAL, byte_tokenizer, write_folder, write_sums
 
 from scaling import finetune
-from scaling.data import Prompts, cut_records, read_prompts, read_records
+from scaling.data import Prompts, read_prompts, read_records
 
 ROOT = Path(__file__).parent.parent
 TURN = SPECIAL["<|turn|>"]
@@ -41,6 +41,10 @@ TOOLS = CHATML + "{% if tools is not none or documents is not none %}{{ 'TOOLS' 
 
 def record(n, **fields):
     return {"instruction": f"What is {n}?", "input": "", "output": f"{n}", "answer": n, **fields}
+
+
+def parse(line=""):
+    return finetune.parse_arguments(f"--checkpoint m --data x --device cpu {line}".split())
 
 
 def prompts_of(template, chat, **settings):
@@ -99,7 +103,7 @@ def test_the_alpaca_text_begins_once_and_ends_once(puts_end):
 
 def test_the_end_tokens_are_the_generation_configs(tmp_path):
     folder = Path(write_folder(tmp_path / "model", chat_template=NO_SYSTEM))
-    args = finetune.parse_arguments(["--checkpoint", str(folder), "--data", "x"])
+    args = parse(f"--checkpoint {folder}")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, TURN]}))
     prompts = read_prompts(args)
     assert prompts.stop == [END, TURN] and prompts.end == TURN and prompts.template == "chat"
@@ -137,7 +141,7 @@ def test_lists_and_lines_are_read_as_utf8(mark, newline, tmp_path):
     odd = "naïve 漢字 a\u2028b\x85d"
     lines = [json.dumps(record(i, output=odd), ensure_ascii=False) for i in range(2)]
     for text in (newline.join(lines) + newline, "[" + ",".join(lines) + "]"):
-        found = read(tmp_path, mark + text)
+        found = read(tmp_path, mark + text, training=parse())
         decoded = [byte_tokenizer().decode(r.target_ids[:-1]) for r in found]
         assert decoded == [odd, odd]
 
@@ -145,12 +149,11 @@ def test_lists_and_lines_are_read_as_utf8(mark, newline, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[{}]\n[{}]", "neither one JSON list nor JSON lines: .*Extra data"),
+        ("[{}]\n[{}]", "no JSON list and no JSON lines: .*Extra data"),
         ('{"a": 1}\n{"a": 2}\n{"a"', "record 3: .*delimiter"),
-        ('[{"a": 1}, 5]', "record 2 should be a JSON object, and is 5"),
-        (b"\xff\xfe", "can't be read"),
+        (b"\xff\xfe", "can't decode"),
         ("[]", "no usable record"),
-        (json.dumps(record(1), indent=1), "neither one JSON list nor JSON lines"),
+        (json.dumps(record(1), indent=1), "no JSON list and no JSON lines: record 1"),
     ],
 )
 def test_what_is_not_json_ends_the_run_with_its_position(text, message, tmp_path):
@@ -161,42 +164,41 @@ def test_what_is_not_json_ends_the_run_with_its_position(text, message, tmp_path
 def test_fields_that_are_missing_and_fields_that_are_numbers(tmp_path, capsys):
     nan = math.nan  # what pandas writes for a missing field
     found = [record(1, input=nan), record(2, output=nan), record(3, output=7), {"output": "x"}]
-    found += [record(5, input=None), record(6, output="\ud800"), record(7, output=["x"])]
-    kept = read(tmp_path, json.dumps(found))
+    found += [record(5, input=None), record(6, output="\ud800"), record(7, output=["x"]), 8]
+    kept = read(tmp_path, json.dumps(found), training=parse())
     assert [r.position for r in kept] == [1, 3, 5]
-    same = read(tmp_path, json.dumps([record(1)]))[0]
+    same = read(tmp_path, json.dumps([record(1)]), training=parse())[0]
     assert kept[0].prompt_ids == same.prompt_ids and kept[1].target_ids == [*b"\x16", END]
     said = capsys.readouterr().out
-    assert "record 2 is left out: output is missing" in said and "3 records, 4 left out" in said
+    assert "3 records, 0 of them cut; 5 left out ['record 2: output is missing" in said
     found = [record(1, answer="maybe"), record(2, answer=True), record(3, answer=nan)]
-    assert [r.answer for r in read(tmp_path, json.dumps(found), for_scoring=True)] == ["true"]
+    assert [r.answer for r in read(tmp_path, json.dumps(found))] == ["true"]
 
 
-def test_long_records_are_cut_and_what_teaches_nothing_is_left_out(tmp_path):
-    records = read(tmp_path, json.dumps([record(1), record(2, output=300 * "x")]))
-    room = len(records[0].prompt_ids)
+def test_long_records_are_cut_and_what_teaches_nothing_is_left_out(tmp_path, capsys):
+    text = json.dumps([record(1), record(2, output=300 * "x")])
+    room = len(read(tmp_path, text, training=parse())[0].prompt_ids)
     for cutoff, loss_on, lengths in ((room + 9, "answer", [2, 9]), (room - 9, "all", [0, 0])):
-        copies = read(tmp_path, json.dumps([record(1), record(2, output=300 * "x")]))
-        kept = cut_records(copies, cutoff, loss_on)
+        more = f"--cutoff {cutoff} --loss-on {loss_on}"
+        kept = read(tmp_path, text, training=parse(more))
         assert [len(r.target_ids) for r in kept] == lengths
-    with pytest.raises(SystemExit, match="--cutoff leaves nothing to learn"):
-        cut_records(records, room, "answer")
+        assert f"2 records, {lengths.count(9) or 2} of them cut" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no usable record"):
+        read(tmp_path, text, training=parse(f"--cutoff {room}"))
 
 
 # --- Options ------------------------------------------------------------------------------------
 
 
 def test_the_papers_recipe_and_what_overrides_it():
-    args = finetune.parse_arguments("--checkpoint m --data x --recipe paper --rank 4".split())
+    args = parse("--recipe paper --rank 4")
     assert args.rank == 4
     assert args.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     assert (args.lr, args.warmup_steps, args.batch_size, args.epochs) == (3e-4, 100, 16, 3)
     assert (args.cutoff, args.loss_on, args.dropout, args.seed) == (256, "all", 0.05, 42)
-    assert (args.validation, args.eval_steps, args.curvature) == (120, 200, [math.inf, 1.0])
-    assert (args.beams, args.max_new_tokens) == (4, 512)
-    line = "--checkpoint m --data x --recipe paper-commonsense"
-    args = finetune.parse_arguments(line.split())
-    assert (args.eval_steps, args.max_new_tokens, args.rank) == (80, 32, 32)
+    assert (args.curvature, args.beams, args.max_new_tokens) == ([math.inf, 1.0], 4, 512)
+    args = parse("--recipe paper-commonsense")
+    assert (args.max_new_tokens, args.rank) == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +207,13 @@ def test_the_papers_recipe_and_what_overrides_it():
 )
 def test_the_recipes_alphas_are_the_authors(family, paper, commonsense):
     for recipe, alpha in (("paper", paper), ("paper-commonsense", commonsense)):
-        args = finetune.parse_arguments(["--checkpoint", "m", "--data", "x", "--recipe", recipe])
+        args = parse(f"--recipe {recipe}")
         assert finetune.choose_alpha(args, family, 1.0) == alpha
         assert finetune.choose_alpha(args, family, math.inf) == 64
-        with pytest.raises(SystemExit, match="not for mistral: give --alpha"):
+        with pytest.raises(SystemExit, match="no alpha for mistral: give --alpha"):
             finetune.choose_alpha(args, "mistral", 1.0)
-        args.alpha = 5.0
-        assert finetune.choose_alpha(args, "mistral", 1.0) == 5
+        assert finetune.choose_alpha(parse(f"--recipe {recipe} --alpha 5"), "mistral", 1.0) == 5
+    assert finetune.choose_alpha(parse(), family, 1.0) == 16
 
 
 # The sizes of Llama 3 8B, Qwen2.5 7B and Gemma 3 4B, in the order of NAMES.
@@ -230,12 +232,12 @@ def test_the_trainable_share_is_the_papers(family):
     if family == "gemma3":  # Its vision tower does not count.
         fields = dict(text_config=fields | dict(head_dim=256))
     config = transformers.AutoConfig.for_model(family, **fields)
-    args = finetune.parse_arguments("--checkpoint m --data x --recipe paper".split())
+    args = parse("--recipe paper")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
         names = finetune.adapter_targets(model, args.targets)
         finetune.hyplora.inject_hyplora(model, names, rank=args.rank)
-    assert f"{finetune.share_of(model)[1]:.2f}" == percent
+    assert f"{finetune.share_of(model)['share %']:.2f}" == percent
 
 
 @pytest.mark.parametrize(
@@ -244,24 +246,24 @@ def test_the_trainable_share_is_the_papers(family):
         ("--data x", "--checkpoint"),
         ("--checkpoint m", "either train with --data FILE, or score"),
         ("--checkpoint m --score-only a --data x", "either train with --data FILE, or score"),
-        ("--checkpoint m --score-only a", "needs --eval FILE"),
-        ("--checkpoint m --data x --predictions p", "add --eval FILE"),
+        ("--checkpoint m --score-only a", "need --eval FILE"),
+        ("--checkpoint m --data x --predictions p", "need --eval FILE"),
         ("--checkpoint m --data x --shard", "torchrun"),
-        ("--checkpoint m --data x --rank 0", "--rank: 0 is not a number of at least 1"),
-        ("--checkpoint m --data x --lr nan", "--lr: nan is not"),
     ],
 )
-def test_options_that_clash_or_are_out_of_range_say_what_to_do(line, message, capsys):
+def test_options_that_clash_say_what_to_do(line, message, capsys):
     with pytest.raises(SystemExit):
         finetune.parse_arguments(line.split())
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_target_that_the_model_does_not_have_is_named(llama, tmp_path):
+def test_what_the_layers_cannot_be_is_said_before_anything_is_trained(llama, tmp_path):
     argv = ["--checkpoint", llama, "--data", write_sums(tmp_path / "sums.json"), "--steps", "1"]
-    argv += ["--device", "cpu", "--out", str(tmp_path / "out"), "--targets", "query"]
-    with pytest.raises(SystemExit, match="list of names.*'q_proj'.*got .'query'"):
-        finetune.main(argv)
+    argv += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="rank >= 1.*got"):
+        finetune.main([*argv, "--rank", "0"])
+    with pytest.raises(ValueError, match="list of names.*'q_proj'.*got .'query'"):
+        finetune.main([*argv, "--targets", "query"])
 
 
 def test_without_transformers_there_is_one_line_and_the_rules_still_work():
