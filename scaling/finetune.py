@@ -32,8 +32,7 @@ PAPER = (
 RECIPES = {"paper": PAPER, "paper-commonsense": PAPER + "--max-new-tokens 32"}
 ALPHAS = {"llama": 128.0, "qwen2": 128.0, "gemma": 128.0, "gemma3": 32.0, "gemma3_text": 32.0}
 # What shapes an adapter: a run that is resumed has to have the same.
-SHAPING = "alpha batch_size cutoff dropout dtype loss_on lr rank recipe seed steps targets".split()
-SHAPING += ["warmup_steps"]
+SHAPING = "alpha batch_size cutoff dropout dtype loss_on lr rank seed steps targets warmup_steps"
 
 
 def parse_arguments(argv=None):
@@ -92,9 +91,8 @@ def choose_alpha(args, family, curvature):
         return 64.0
     if family not in ALPHAS:
         sys.exit(f"--recipe has no alpha for {family}: give --alpha")
-    if family == "qwen2" and args.recipe == "paper-commonsense":
-        return 256.0
-    return ALPHAS[family]
+    is_exception = family == "qwen2" and args.recipe == "paper-commonsense"
+    return 256.0 if is_exception else ALPHAS[family]
 
 
 def load_base(args):
@@ -117,9 +115,12 @@ def place(model, args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if args.device.type == "cuda" and not args.no_kernels:
-        from scaling.kernels import use_kernels
+        try:
+            from scaling.kernels import use_kernels
 
-        use_kernels(model)
+            use_kernels(model)
+        except Exception as error:  # Triton or a compiler is missing.
+            say(f"the adapters run without kernels: {error!s:.200}")
     return model
 
 
@@ -150,7 +151,7 @@ def fingerprint(model):
 def open_run(args, prompts, base):
     """Write down what shapes this run; --resume checks that it is what shaped the run in --out."""
     data = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
-    options = {name: getattr(args, name) for name in SHAPING}
+    options = {name: getattr(args, name) for name in SHAPING.split()}
     options.update(template=prompts.template, stop=prompts.stop, data=data, base=fingerprint(base))
     options["chat_template"] = prompts.tokenizer.chat_template
     path = Path(args.out, "options.json")

@@ -40,13 +40,13 @@ import torch.nn.functional as F
 import transformers
 
 from hyplora import inject_hyplora
-from scaling.training import is_main, rank_and_count, spread, start_processes, sum_over_processes
+from scaling.training import PROCESSES, RANK, gather, spread, start_processes
 from studies.tables import markdown, median_and_quartiles, stamp, write_section
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 BASELINE = "PEFT's LoRA"
 OURS = "our LoRA"
-RANK = 32
+LORA_RANK = 32
 PROMPT = 128  # The tokens before those that generation is measured on.
 NEW_TOKENS = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,12 +87,12 @@ def random_ids(shape, batch, length):
 
 
 def with_peft(model, use_dora=False):
-    options = dict(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, use_dora=use_dora)
+    options = dict(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, use_dora=use_dora)
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=TARGETS, **options))
 
 
 def with_ours(model, curvature=0.5):
-    inject_hyplora(model, TARGETS, rank=RANK, alpha=2 * RANK, curvature=curvature)
+    inject_hyplora(model, TARGETS, rank=LORA_RANK, alpha=2 * LORA_RANK, curvature=curvature)
     return model
 
 
@@ -110,6 +110,9 @@ CONTENDERS = {
     "HypLoRA": with_ours,
     "HypLoRA, kernels": with_kernels,
 }
+
+
+CURVATURES = {OURS: math.inf, "HypLoRA": 0.5, "HypLoRA, kernels": 0.5}
 
 
 class Contender:
@@ -281,26 +284,28 @@ def in_processes(name, shape, is_spread):
     """A contender on each process, with the whole base or, where is_spread, with a part of it."""
     if not is_spread:
         model = CONTENDERS[name](build(shape))
-        several = rank_and_count()[1] > 1
-        engine = nn.parallel.DistributedDataParallel(model) if several else model
+        engine = nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
         return Contender(model, engine)
-    # The main process alone has the whole model, on its host. Numbers do not matter, only sizes.
-    whole = build(shape, "meta")
-    if is_main():
-        whole = CONTENDERS[name](whole.to_empty(device="cpu"))
+    whole = None
+    if RANK == 0:  # It alone has the whole model, on its host. Numbers do not matter, only sizes.
+        whole = with_ours(build(shape, "meta").to_empty(device="cpu"), CURVATURES[name])
         for tensor in whole.state_dict().values():
             tensor.fill_(0.01)
-    return Contender(spread(whole, CONTENDERS[name](build(shape, "meta")), torch.device(DEVICE)))
+    model = spread(whole, torch.device(DEVICE))
+    if name == "HypLoRA, kernels":
+        from scaling.kernels import use_kernels
+
+        use_kernels(model)
+    return Contender(model)
 
 
 def measure_processes(args):
     """One row for each contender and layout: {"seconds": of each round, peaks in bytes}."""
     start_processes(torch.device(DEVICE))
     results = {}
-    count = rank_and_count()[1]
-    for name, is_spread in itertools.product(args.only, (False, True)[: 1 + (count > 1)]):
-        if args.shape == "70b" and not is_spread:
-            continue  # No GPU holds it whole.
+    layouts = [False, True] if PROCESSES > 1 else [False]
+    layouts = [True] if args.shape == "70b" else layouts  # No GPU holds that whole.
+    for name, is_spread in itertools.product(args.only, layouts):
         contender = in_processes(name, args.shape, is_spread)
         ids = random_ids(args.shape, args.batch[0], args.length)
         if DEVICE == "cuda":
@@ -308,10 +313,9 @@ def measure_processes(args):
         seconds = [seconds_of(contender.step, ids) for _ in range(args.rounds + 2)][2:]
         peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
         host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        hosts = [host if rank_and_count()[0] == rank else 0 for rank in range(count)]
-        row = {"seconds": seconds, "peak": peak, "hosts": sum_over_processes(*hosts)}
+        row = {"seconds": seconds, "peak": peak, "hosts": gather(host)}
         layout = "spread" if is_spread else "whole"
-        results[f"{name}, {layout}"] = row | {"count": count, "tokens": count * ids.numel()}
+        results[f"{name}, {layout}"] = row | {"count": PROCESSES, "tokens": PROCESSES * ids.numel()}
         del contender
         gc.collect()
     return results
@@ -418,11 +422,9 @@ def main():
 
     if args.parts == ["processes"]:
         results = measure_processes(args)
-        count = rank_and_count()[1]
-        title = (
-            f"Cost on {count} processes: {args.shape}, {args.batch[0]} x {args.length} tokens each"
-        )
-        if is_main():
+        each = f"{args.batch[0]} x {args.length} tokens each"
+        title = f"Cost on {PROCESSES} processes: {args.shape}, {each}"
+        if RANK == 0:
             keep(title, None, results, {})
     elif args.parts:
         base = build(args.shape)
