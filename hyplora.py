@@ -181,7 +181,8 @@ class HypLoRALinear(nn.Module):
     @property
     def K(self):
         """curvature * u^2 * exp(lora_K), a tensor of shape (1,)."""
-        return self.options["curvature"] * widen(self.lora_unit) ** 2 * widen(self.lora_K).exp()
+        k = self.lora_K.full_tensor() if hasattr(self.lora_K, "full_tensor") else self.lora_K
+        return self.options["curvature"] * widen(self.lora_unit) ** 2 * widen(k).exp()
 
     enabled = property(lambda self: self.disabled == 0, doc="False within disable_hyplora.")
 
