@@ -1,11 +1,11 @@
-"""What scaling/ reads: records, prompts, and its own options.
+"""What scaling/ reads (records, prompts, its own options), and how it scores.
 
 pip install transformers
 """
 
+import argparse
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +18,9 @@ pytest.importorskip("transformers", reason="pip install transformers")
 import transformers
 from conftest import CHATML, END, SPECIAL, byte_tokenizer, write_folder, write_sums
 
-from scaling import finetune
-from scaling.data import Prompts, read_prompts, read_records
+from scaling import finetune, scoring
+from scaling.data import Prompts, Record, read_prompts, read_records
+from scaling.scoring import averages, is_right, pattern_of
 
 ROOT = Path(__file__).parent.parent
 TURN = SPECIAL["<|turn|>"]
@@ -49,9 +50,6 @@ def parse(line=""):
 
 def prompts_of(template, chat, **settings):
     return Prompts(byte_tokenizer(chat, **settings), [END, TURN], template)
-
-
-# --- Prompts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["chat", "chat-alpaca"])
@@ -89,10 +87,7 @@ def test_a_template_that_does_not_render_the_question_ends_the_run(chat):
 def test_the_alpaca_text_begins_once_and_ends_once(puts_end):
     prompts = prompts_of("alpaca", None, puts_end=puts_end)
     text = prompts.prompt("Add.", "1 2")
-    assert text == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
-    )
+    assert text.endswith(".\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     for output in ("It is 3.", "It is 3.</s>"):  # An output may bring the end token along.
         prompt_ids, target_ids = prompts.split(text, output)
         assert prompt_ids == [256, *text.encode()] or prompts.decode(prompt_ids) == text
@@ -116,34 +111,19 @@ def test_the_end_tokens_are_the_generation_configs(tmp_path):
         read_prompts(args)
 
 
-def test_a_date_in_the_template_does_not_keep_a_run_from_resuming(tmp_path, capsys):
-    dated = CHATML.replace("{% for", "{{ strftime_now('%f')[:2] }}{% for", 1)
-    folder = write_folder(tmp_path / "model", chat_template=dated)
-    argv = ["--checkpoint", folder, "--data", write_sums(tmp_path / "sums.json"), "--steps", "1"]
-    argv += ["--curvature", "inf", "--device", "cpu", "--out", str(tmp_path / "out")]
-    finetune.main(argv)
-    finetune.main([*argv, "--resume"])
-    assert "going on from step 1" in capsys.readouterr().out
-
-
-# --- Records ------------------------------------------------------------------------------------
-
-
 def read(tmp_path, text, **settings):
     path = tmp_path / "data.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_records(str(path), prompts_of("alpaca", None), **settings)
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark, newline", [("", "\n"), ("\ufeff", "\r\n")])
 def test_lists_and_lines_are_read_as_utf8(mark, newline, tmp_path):
     odd = "naïve 漢字 a\u2028b\x85d"
     lines = [json.dumps(record(i, output=odd), ensure_ascii=False) for i in range(2)]
     for text in (newline.join(lines) + newline, "[" + ",".join(lines) + "]"):
         found = read(tmp_path, mark + text, training=parse())
-        decoded = [byte_tokenizer().decode(r.target_ids[:-1]) for r in found]
-        assert decoded == [odd, odd]
+        assert [byte_tokenizer().decode(r.target_ids[:-1]) for r in found] == [odd, odd]
 
 
 @pytest.mark.parametrize(
@@ -187,33 +167,26 @@ def test_long_records_are_cut_and_what_teaches_nothing_is_left_out(tmp_path, cap
         read(tmp_path, text, training=parse(f"--cutoff {room}"))
 
 
-# --- Options ------------------------------------------------------------------------------------
-
-
 def test_the_papers_recipe_and_what_overrides_it():
     args = parse("--recipe paper --rank 4")
-    assert args.rank == 4
-    assert args.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (args.rank, args.targets[0], args.targets[-1]) == (4, "q_proj", "down_proj")
     assert (args.lr, args.warmup_steps, args.batch_size, args.epochs) == (3e-4, 100, 16, 3)
     assert (args.cutoff, args.loss_on, args.dropout, args.seed) == (256, "all", 0.05, 42)
     assert (args.curvature, args.beams, args.max_new_tokens) == ([math.inf, 1.0], 4, 512)
-    args = parse("--recipe paper-commonsense")
-    assert (args.max_new_tokens, args.rank) == (32, 32)
+    assert parse("--recipe paper-commonsense").max_new_tokens == 32
 
 
-@pytest.mark.parametrize(
-    "family, paper, commonsense",
-    [("llama", 128, 128), ("qwen2", 128, 256), ("gemma", 128, 128), ("gemma3_text", 32, 32)],
-)
-def test_the_recipes_alphas_are_the_authors(family, paper, commonsense):
-    for recipe, alpha in (("paper", paper), ("paper-commonsense", commonsense)):
+def test_the_recipes_alphas_are_the_authors():
+    for recipe, qwen2 in (("paper", 128), ("paper-commonsense", 256)):
         args = parse(f"--recipe {recipe}")
-        assert finetune.choose_alpha(args, family, 1.0) == alpha
-        assert finetune.choose_alpha(args, family, math.inf) == 64
+        alphas = {"llama": 128, "qwen2": qwen2, "gemma": 128, "gemma3": 32, "gemma3_text": 32}
+        for family, alpha in alphas.items():
+            assert finetune.choose_alpha(args, family, 1.0) == alpha
+            assert finetune.choose_alpha(args, family, math.inf) == 64
         with pytest.raises(SystemExit, match="no alpha for mistral: give --alpha"):
             finetune.choose_alpha(args, "mistral", 1.0)
         assert finetune.choose_alpha(parse(f"--recipe {recipe} --alpha 5"), "mistral", 1.0) == 5
-    assert finetune.choose_alpha(parse(), family, 1.0) == 16
+    assert finetune.choose_alpha(parse(), "llama", 1.0) == 16
 
 
 # The sizes of Llama 3 8B, Qwen2.5 7B and Gemma 3 4B, in the order of NAMES.
@@ -240,21 +213,16 @@ def test_the_trainable_share_is_the_papers(family):
     assert f"{finetune.share_of(model)['share %']:.2f}" == percent
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("--data x", "--checkpoint"),
-        ("--checkpoint m", "either train with --data FILE, or score"),
-        ("--checkpoint m --score-only a --data x", "either train with --data FILE, or score"),
-        ("--checkpoint m --score-only a", "need --eval FILE"),
-        ("--checkpoint m --data x --predictions p", "need --eval FILE"),
-        ("--checkpoint m --data x --shard", "torchrun"),
-    ],
-)
-def test_options_that_clash_say_what_to_do(line, message, capsys):
-    with pytest.raises(SystemExit):
-        finetune.parse_arguments(line.split())
-    assert re.search(message, capsys.readouterr().err)
+def test_options_that_clash_say_what_to_do(capsys):
+    messages = {"--data x": "--checkpoint", "--checkpoint m": "either train with --data"}
+    messages["--checkpoint m --score-only a --data x"] = "either train with --data"
+    messages["--checkpoint m --score-only a"] = "need --eval"
+    messages["--checkpoint m --data x --predictions p"] = "need --eval"
+    messages["--checkpoint m --data x --shard"] = "torchrun"
+    for line, message in messages.items():
+        with pytest.raises(SystemExit):
+            finetune.parse_arguments(line.split())
+        assert message in capsys.readouterr().err
 
 
 def test_what_the_layers_cannot_be_is_said_before_anything_is_trained(llama, tmp_path):
@@ -273,3 +241,139 @@ def test_without_transformers_there_is_one_line_and_the_rules_still_work():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stdout == "True\n"
     assert done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "output, answer, right",
+    [
+        ("5 and 7 make 12. The answer is 1,200.", "1200.0", True),
+        ("12, or rather 13", "12", False),
+        ("no number", "12", False),
+        ("0.3334", "0.333", True),
+        ("0.335", "0.333", False),
+        ("It falls by -3.5", "-3.5", True),
+        ("(B) or (C)", "B", True),
+        ("A guess. The answer is (D).", "D", False),  # The rule takes the A of the first word.
+        ("not false but true", "true", False),
+        ("It is Solution2.", "solution2", True),
+        ("answer3 rather than answer1", "answer1", False),
+        ("an answer12 and TRUE", "answer1", True),  # A word is found inside others.
+        ("nothing", "option2", False),
+    ],
+)
+def test_the_rules(output, answer, right):
+    assert is_right(output, answer) is right
+
+
+def test_the_released_rule_for_letters():
+    right = {"(A) or (C)": "C", r"\boxed{B} (C)": "B", r"\boxed{\text{(E)}}": "E", "Option D": "D"}
+    for output, letter in (right | {"A? The answer is: C": "C"}).items():
+        assert is_right(output, letter, letters="released")
+    assert not is_right("A", "A", letters="released")
+
+
+def test_an_answer_that_nobody_could_score_is_refused():
+    for answer in ("", "maybe", "F", "a", "nan", "inf", "1/2", "12 apples", "answer6"):
+        with pytest.raises(ValueError, match="cannot be scored"):
+            pattern_of(answer)
+
+
+def test_the_averages_are_micro_for_arithmetic_and_macro_for_commonsense():
+    results = [(["1"] * 8, [True] * 3 + [False] * 5), (["A", "B"], [True, True])]
+    results += [(["true", "false"], [True, False]), (["solution1"] * 8, [True] * 8)]
+    assert averages(results) == {"M.AVG": pytest.approx(50.0), "AVG": pytest.approx(75.0)}
+    assert averages([]) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_means_greedy_and_answers_come_back_in_order(family, tmp_path):
+    """The folder asks for sampling, a penalty and a length; a batch has padding on the left."""
+    folder = Path(write_folder(tmp_path / "model", family))
+    asked = dict(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, min_length=300)
+    (folder / "generation_config.json").write_text(json.dumps(asked | {"eos_token_id": END}))
+    args = parse(f"--checkpoint {folder} --max-new-tokens 8")
+    model = finetune.place(finetune.load_base(args), args)
+    prompts = Prompts(byte_tokenizer(), [END], "alpaca")
+    records = [Record(1, prompts.encode("word " * i), [], "0") for i in (5, 1, 9, 3)]
+    answers = scoring.generate_answers(model, records, prompts, args, "")
+    for record, answer in zip(records, answers):
+        ids = list(record.prompt_ids)  # and now token by token, without padding or cache
+        while len(ids) < len(record.prompt_ids) + 8 and END not in ids:
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert answer == prompts.decode(ids[len(record.prompt_ids) :])
+    assert len(set(answers)) > 1
+    args.beams = 3
+    together = scoring.generate_answers(model, records, prompts, args, "")
+    for record, answer in zip(records, together):
+        assert scoring.generate_answers(model, [record], prompts, args, "") == [answer]
+
+
+def test_batches_have_few_tokens(beams=4):
+    """A model and a tokenizer that only write down what they are given."""
+    seen = []
+    model = argparse.Namespace(eval=lambda: None)
+    model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
+    prompts = argparse.Namespace(stop=[END], end=END, decode=lambda row: "")
+    args = argparse.Namespace(max_new_tokens=100, beams=beams, device="cpu")
+    lengths = [20, 9000, 30, 900, 700] + 80 * [50]
+    records = [Record(1, [7] * length, [], "") for length in lengths]
+    scoring.generate_answers(model, records, prompts, args, "")
+    assert sum(len(ids) for ids in seen) == 85 and seen[0].shape == (1, 9000)
+    for ids in seen:
+        assert len(ids) == 1 or len(ids) * (ids.shape[1] + 100) * beams <= 16384
+    assert max(len(ids) for ids in seen) > 60 / beams
+
+
+def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path):
+    folder = write_folder(tmp_path / "model", chat_template=CHATML)
+    tests = []
+    for name in ("gsm8k", "SVAMP"):
+        (tmp_path / name).mkdir()
+        tests.append(write_sums(tmp_path / name / "test.json", count=4))
+    words = tmp_path / "boolq.json"
+    words.write_text(json.dumps([{"instruction": "Is it?", "input": "", "answer": True}] * 2))
+    said = tmp_path / "said.jsonl"
+    scored = ["--eval", *tests, str(words), "--predictions", str(said), "--max-new-tokens", "3"]
+    argv = ["--checkpoint", folder, "--device", "cpu", *scored]
+    train = ["--data", write_sums(tmp_path / "sums.json"), "--steps", "20", "--lr", "1e-2"]
+    out = tmp_path / "out"
+    more = ["--template", "alpaca", "--out", str(out), "--curvature", "0.5"]
+    base, adapted = finetune.main([*argv, *train, *more])
+    sets = [f"% {path.removesuffix('.json')}" for path in (*tests, str(words))]
+    columns = [*sets, "M.AVG", "AVG"]
+    assert list(base) == ["adapter", "trainable", "share %", "loss", *columns]
+    lines = [json.loads(line) for line in said.read_text().splitlines()]
+    assert len(lines) == 2 * (4 + 4 + 2)
+    assert [line["record"] for line in lines[:5]] == [1, 2, 3, 4, 1]
+    assert lines[-1]["answer"] == "true" and lines[-1]["adapter"] == "HypLoRA-0.5"
+    adapter = str(out / "HypLoRA-0.5.pt")
+    (only,) = finetune.main([*argv, "--score-only", adapter])
+    again = [json.loads(line)["output"] for line in said.read_text().splitlines()]
+    outputs = [line["output"] for line in lines]
+    assert again == outputs[10:] != outputs[:10]
+    assert {column: only[column] for column in columns} == {c: adapted[c] for c in columns}
+    with pytest.raises(SystemExit, match="was trained with --template alpaca: leave it out"):
+        finetune.main([*argv, "--score-only", adapter, "--template", "chat"])
+    other = write_folder(tmp_path / "other", seed=1)
+    with pytest.raises(SystemExit, match="was trained on another base"):
+        finetune.main([*argv, "--score-only", adapter, "--checkpoint", other])
+    (out / "options.json").unlink()
+    with pytest.raises(SystemExit, match="options.json"):
+        finetune.main([*argv, "--score-only", adapter])
+
+
+def test_the_fingerprint_knows_another_base_and_not_another_dtype(llama):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).bfloat16()
+    before = finetune.fingerprint(model)
+    assert finetune.fingerprint(model.float()) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.1
+    assert finetune.fingerprint(model) != before
+
+
+def test_a_folder_that_lacks_a_tensor_ends_the_run(tmp_path):
+    folder = write_folder(tmp_path / "model", num_hidden_layers=1)
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(SystemExit, match="lacks the tensors .*layers.1"):
+        finetune.load_base(parse(f"--checkpoint {folder}"))

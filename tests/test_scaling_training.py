@@ -17,11 +17,11 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="pip install transformers")
 
 import transformers
-from conftest import FAMILIES, write_folder, write_sums
+from conftest import CHATML, FAMILIES, write_folder, write_sums
 
 from hyplora import inject_hyplora, load_hyplora
 from scaling import finetune, training
-from scaling.data import Record
+from scaling.data import ALPACA, Record
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -59,12 +59,9 @@ def test_a_family_learns_and_its_loss_is_that_of_the_model_itself(family, tmp_pa
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     total = 0.0
     count = 0
-    alpaca = (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}</s>"
-    )
     for record in json.loads((tmp_path / "sums.json").read_text()):
-        ids = torch.tensor([tokenizer(alpaca.format(**record))["input_ids"]])
+        text = ALPACA.format(instruction=record["instruction"], input="") + record["output"]
+        ids = torch.tensor([tokenizer(f"{text}</s>")["input_ids"]])
         with torch.no_grad():
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
@@ -105,16 +102,14 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     loss = training.summed_loss
     monkeypatch.setattr(training, "summed_loss", lambda *a: seen.append(torch.rand(1)) or loss(*a))
     rates = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW,
-        "step",
-        lambda self: rates.append(self.param_groups[0]["lr"]) or step(self),
-    )
-    argv = options(llama, tmp_path, "out", "--steps", "8", "--lr", "1", "--warmup-steps", "4")
+
+    def step(optimizer, closure=None):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    argv = options(llama, tmp_path, ".", "--steps", "8", "--lr", "1", "--warmup-steps", "4")
     args = finetune.parse_arguments(argv)
     records = [Record(i, [1, 2], [i], "") for i in range(10)]
-    (tmp_path / "out").mkdir()
     for rank in (0, 0, 1):
         monkeypatch.setattr(training, "RANK", rank)
         model = transformers.AutoModelForCausalLM.from_pretrained(llama)
@@ -132,15 +127,13 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
 
 def test_calibration_leaves_padding_out(llama, tmp_path, monkeypatch, capsys):
     """The unit of down_proj is the median over what it sees of the records one by one."""
-    units = []
-    monkeypatch.setattr(training, "train", lambda model, *rest: units.append(model))
-    argv = options(llama, tmp_path, "out", "--steps", "1", "--targets", "layers.1.mlp.down_proj")
+    monkeypatch.setattr(training, "train", lambda *arguments: None)
+    argv = options(llama, tmp_path, ".", "--steps", "1", "--targets", "layers.1.mlp.down_proj")
     args = finetune.parse_arguments(argv)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     (name,) = inject_hyplora(model, args.targets)
     layer = model.get_submodule(name)
     torch.nn.init.normal_(layer.lora_B)
-    (tmp_path / "out").mkdir()
     records = [Record(1, [3, 4, 5], [8, 9], ""), Record(2, [9, 11], list(range(99)), "")]
     finetune.train_adapter(model, "HypLoRA-0.5", args, records)
     assert "down_proj: radius 1.4" in capsys.readouterr().out
@@ -199,23 +192,24 @@ def test_a_full_disk_and_a_nan_loss_leave_the_last_state_whole(llama, tmp_path, 
         finetune.main([*options(llama, tmp_path, "nan", "--steps", "4"), "--lr", "1e30"])
 
 
-def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(llama, tmp_path, capsys):
-    argv = options(llama, tmp_path, "out", "--steps", "2", "--warmup-steps", "3")
+def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, capsys):
+    """A chat template that renders the time does not keep a run from resuming."""
+    dated = CHATML.replace("{% for", "{{ strftime_now('%f')[:2] }}{% for", 1)
+    folder = write_folder(tmp_path / "model", chat_template=dated)
+    argv = options(folder, tmp_path, "out", "--steps", "2", "--warmup-steps", "3")
     with pytest.raises(SystemExit, match="--resume goes on with the run of"):
         finetune.main([*argv, "--resume"])
     finetune.main(argv)
     assert "--warmup-steps 3 is longer" in capsys.readouterr().out
-    kept = tensors(tmp_path / "out")
     with pytest.raises(SystemExit, match="a new run takes another --out"):
         finetune.main(argv)
-    other = write_folder(tmp_path / "other", seed=1)
+    other = write_folder(tmp_path / "other", seed=1, chat_template=dated)
     for name, more in (("lr", ["--lr", "1e-3"]), ("base", ["--checkpoint", other])):
         with pytest.raises(SystemExit, match=rf"can't be resumed, as \['{name}'\] changed"):
             finetune.main([*argv, "--resume", *more])
     scoring = ["--eval", write_sums(tmp_path / "t.json", 3), "--max-new-tokens", "3"]
     rows = finetune.main([*argv, "--resume", *scoring, "--beams", "2"])
     assert "going on from step 2" in capsys.readouterr().out and "M.AVG" in rows[1]
-    assert_near(kept, tensors(tmp_path / "out"), tolerance=0)
     write_sums(tmp_path / "sums.json", first=3)
     with pytest.raises(SystemExit, match=r"can't be resumed, as \['data'\] changed"):
         finetune.main([*argv, "--resume"])
@@ -224,18 +218,17 @@ def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(llama, tmp_path
 def test_what_cannot_be_written_is_found_before_the_training(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="file"):
-        finetune.main(options(llama, tmp_path, "file", "--steps", "2"))
-    more = ["--eval", write_sums(tmp_path / "t.json", 3), "--predictions", "/nowhere/said.jsonl"]
-    with pytest.raises(SystemExit, match="/nowhere/said.jsonl"):
-        finetune.main(options(llama, tmp_path, "out", "--steps", "2", *more))
+    said = ["--eval", write_sums(tmp_path / "t.json", 3), "--predictions", "/nowhere/said.jsonl"]
+    for out, more in (("file", []), ("out", said)):
+        with pytest.raises(SystemExit, match=r"/file'|/nowhere/said.jsonl"):
+            finetune.main(options(llama, tmp_path, out, *more))
 
 
-@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_of_a_scheduler_alone_are_refused(name, monkeypatch):
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(SystemExit, match=f"{name} is 2, but WORLD_SIZE is not set: .*torchrun"):
-        training.start_processes(torch.device("cpu"))
+def test_processes_of_a_scheduler_alone_are_refused(monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{name} is 2, but"):
+            patch.setenv(name, "2")
+            training.start_processes(torch.device("cpu"))
 
 
 PAIR = """
@@ -302,27 +295,19 @@ def test_two_processes_replicated_and_sharded_agree_with_one(tmp_path):
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PAIR}")
     jobs = json.dumps([runs, stopped, options(str(untied), tmp_path, "none", "--shard")])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *torchrun, str(program), jobs],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, "-W", "ignore", *torchrun, str(program), jobs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for family, row in rows.items():
-        for layout in "01":
-            assert_near(
-                tensors(tmp_path / f"{family}-one"), tensors(tmp_path / f"{family}{layout}")
-            )
-            assert len((tmp_path / f"{family}{layout}.jsonl").read_text().splitlines()) == 6
+        for out in (f"{family}0", f"{family}1"):
+            assert_near(tensors(tmp_path / f"{family}-one"), tensors(tmp_path / out))
+            assert len((tmp_path / f"{out}.jsonl").read_text().splitlines()) == 6
         cells = [f"{row[name]:.4g}" for name in ("share %", "loss")]
         assert done.stdout.count(f"| HypLoRA-0.5 | {row['trainable']} | {' | '.join(cells)} |") >= 2
     assert "HypLoRA-0.5: going on from step 4" in done.stdout
     assert_near(tensors(tmp_path / "llama-one"), tensors(tmp_path / "stopped"), 1e-3)
     shares = [line.split() for line in done.stdout.splitlines() if line.startswith("share ")]
     assert int(shares[0][1]) + int(shares[1][1]) == int(shares[0][2])
-    assert all(int(share[1]) < 0.52 * int(share[2]) for share in shares)
-    assert all(float(share[3]) < 1e-4 for share in shares)
-    # One process goes on from what two, sharded, have saved, and has nothing left to do.
-    argv = options(str(tmp_path / "gemma3"), tmp_path, "gemma31", "--steps", "6", "--resume")
-    assert finetune.main(argv)[1]["loss"] == pytest.approx(rows["gemma3"]["loss"], rel=1e-4)
+    for share in shares:
+        assert int(share[1]) < 0.52 * int(share[2]) and float(share[3]) < 1e-4
