@@ -19,7 +19,7 @@ import transformers
 from conftest import CHATML, END, SPECIAL, byte_tokenizer, write_folder, write_sums
 
 from scaling import finetune, scoring
-from scaling.data import Prompts, Record, read_prompts, read_records
+from scaling.data import ALPACA, Prompts, Record, read_prompts, read_records
 from scaling.scoring import averages, is_right, pattern_of
 
 ROOT = Path(__file__).parent.parent
@@ -60,11 +60,7 @@ def test_prompt_and_answer_are_the_templates_own_conversation(chat, template):
     prompt_ids, target_ids = prompts.split(prompt, "It is 7.")
     content = "Which <b>?\n\nInput:\n1 2"
     if template == "chat-alpaca":
-        content = (
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n### Instruction:\nWhich <b>?\n\n### Input:\n1 2\n\n"
-            "### Response:"
-        ) + ("" if chat == NO_SYSTEM else "\n")
+        content = ALPACA.format(instruction="Which <b>?", input="### Input:\n1 2\n\n")
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "It is 7."}]
     if template == "chat" and chat != NO_SYSTEM:
         messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
@@ -75,12 +71,10 @@ def test_prompt_and_answer_are_the_templates_own_conversation(chat, template):
     assert prompts.encode(prompt) == prompt_ids
 
 
-@pytest.mark.parametrize(
-    "chat", ["{{ 'Hello' }}", "{% for %}", CHATML.replace("message['content']", "'x'")]
-)
-def test_a_template_that_does_not_render_the_question_ends_the_run(chat):
-    with pytest.raises(SystemExit, match="the chat template .*--template alpaca"):
-        prompts_of("chat", chat)
+def test_a_template_that_does_not_render_the_question_ends_the_run():
+    for chat in ("{{ 'Hello' }}", "{% for %}", CHATML.replace("message['content']", "'x'")):
+        with pytest.raises(SystemExit, match="the chat template .*--template alpaca"):
+            prompts_of("chat", chat)
 
 
 @pytest.mark.parametrize("puts_end", [False, True])
@@ -126,19 +120,15 @@ def test_lists_and_lines_are_read_as_utf8(mark, newline, tmp_path):
         assert [byte_tokenizer().decode(r.target_ids[:-1]) for r in found] == [odd, odd]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[{}]\n[{}]", "no JSON list and no JSON lines: .*Extra data"),
-        ('{"a": 1}\n{"a": 2}\n{"a"', "record 3: .*delimiter"),
-        (b"\xff\xfe", "can't decode"),
-        ("[]", "no usable record"),
-        (json.dumps(record(1), indent=1), "no JSON list and no JSON lines: record 1"),
-    ],
-)
-def test_what_is_not_json_ends_the_run_with_its_position(text, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        read(tmp_path, text)
+def test_what_is_not_json_ends_the_run_with_its_position(tmp_path):
+    messages = {"[{}]\n[{}]": "no JSON list and no JSON lines: .*Extra data"}
+    messages['{"a": 1}\n{"a": 2}\n{"a"'] = "record 3: .*delimiter"
+    messages[json.dumps(record(1), indent=1)] = "no JSON list and no JSON lines: record 1"
+    messages[b"\xff\xfe"] = "can't decode"
+    messages["[]"] = "no usable record"
+    for text, message in messages.items():
+        with pytest.raises(SystemExit, match=message):
+            read(tmp_path, text)
 
 
 def test_fields_that_are_missing_and_fields_that_are_numbers(tmp_path, capsys):
@@ -189,19 +179,17 @@ def test_the_recipes_alphas_are_the_authors():
     assert finetune.choose_alpha(parse(), "llama", 1.0) == 16
 
 
-# The sizes of Llama 3 8B, Qwen2.5 7B and Gemma 3 4B, in the order of NAMES.
-NAMES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-PAPERS = {
-    "llama": ([128256, 4096, 14336, 32, 32], 8, "0.70"),
-    "qwen2": ([152064, 3584, 18944, 28, 28], 4, "0.71"),
-    "gemma3": ([262208, 2560, 10240, 34, 8], 4, "1.04"),
-}
-
-
-@pytest.mark.parametrize("family", PAPERS)
-def test_the_trainable_share_is_the_papers(family):
-    sizes, heads, percent = PAPERS[family]
-    fields = dict(zip(NAMES, sizes), num_key_value_heads=heads)
+@pytest.mark.parametrize(
+    "family, percent, sizes",
+    [
+        ("llama", "0.70", [128256, 4096, 14336, 32, 32, 8]),  # Llama 3 8B
+        ("qwen2", "0.71", [152064, 3584, 18944, 28, 28, 4]),  # Qwen2.5 7B
+        ("gemma3", "1.04", [262208, 2560, 10240, 34, 8, 4]),  # Gemma 3 4B
+    ],
+)
+def test_the_trainable_share_is_the_papers(family, percent, sizes):
+    heads = "num_hidden_layers num_attention_heads num_key_value_heads"
+    fields = dict(zip(f"vocab_size hidden_size intermediate_size {heads}".split(), sizes))
     if family == "gemma3":  # Its vision tower does not count.
         fields = dict(text_config=fields | dict(head_dim=256))
     config = transformers.AutoConfig.for_model(family, **fields)

@@ -31,10 +31,8 @@ def options(model, work, out, *more):
     data = work / "sums.json"
     if not data.exists():
         write_sums(data)
-    return [
-        *("--checkpoint", model, "--data", str(data), "--out", str(work / out), "--device", "cpu"),
-        *("--batch-size", "6", "--curvature", "0.5", "--lr", "3e-3", "--warmup-steps", "1", *more),
-    ]
+    line = f"--checkpoint {model} --data {data} --out {work / out} --device cpu --curvature 0.5"
+    return [*f"{line} --batch-size 6 --lr 3e-3 --warmup-steps 1".split(), *more]
 
 
 def tensors(folder, stem="HypLoRA-0.5"):
