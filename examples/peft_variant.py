@@ -4,11 +4,9 @@
 
 It prints:
 
-    loss on         low numbers   high numbers
-    no adapter           4.1451         4.1891
-    low                  3.7141         4.1460
-    high                 4.1678         3.7310
-    the second adapter, loaded alone, gives the same loss: True
+    step  0: loss 4.1451
+    step 20: loss 3.7159
+    the adapter, loaded into another base, gives the same logits: True
     merging: HypLoRA can't be merged: its update is not linear in the token
 
 HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besides:
@@ -19,9 +17,8 @@ HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besid
     model.save_pretrained(folder)
     model = PeftModel.from_pretrained(base, folder, config=HypLoRAConfig.from_pretrained(folder))
 
-Do pass the config there. Without it, PEFT warns of an unexpected "curvature" and then loads A and
-B as a plain LoRA. The interface of the variants is a private one of PEFT;
-tests/test_examples.py names the versions with which this file was run.
+Do pass the config there: without it, PEFT warns of "curvature" and loads A and B as a plain LoRA.
+The interface is private; tests/test_examples.py names the versions that this was run with.
 """
 
 import tempfile
@@ -57,8 +54,7 @@ class HypLoRAVariant(lora.LoraVariant):
             module.curvature = {}
         device = module.lora_A[adapter_name].weight.device
         module.lora_K[adapter_name] = nn.Parameter(torch.zeros(1, device=device))
-        unit = torch.full((1,), module.in_features**0.5, device=device)
-        module.lora_unit[adapter_name] = unit
+        module.lora_unit[adapter_name] = torch.full((1,), module.in_features**0.5, device=device)
         module.curvature[adapter_name] = config.curvature
 
     @staticmethod
@@ -121,52 +117,27 @@ def calibrate(model, adapter="default", **inputs):
 # --- the demonstration --------------------------------------------------------------------------
 
 
-def batch(first, last):
-    rows = counting_examples(16, first, last)
-    ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, inputs, steps=20):
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=2e-2, weight_decay=0.0)
-    for _ in range(steps):
-        loss = model(**inputs).loss
+def main():
+    ids = torch.stack([row["input_ids"] for row in counting_examples(16, first=3, last=10)])
+    config = HypLoRAConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], curvature=1.0)
+    model = get_peft_model(small_model(), config)
+    calibrate(model, input_ids=ids)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-2, weight_decay=0.0)
+    for step in range(21):
+        loss = model(input_ids=ids, labels=ids).loss
+        if step in (0, 20):
+            print(f"step {step:2d}: loss {loss.item():.4f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-
-@torch.no_grad()
-def loss_of(model, inputs):
-    return model(**inputs).loss.item()
-
-
-def main():
-    low, high = batch(3, 10), batch(40, 50)
-    options = dict(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
-    model = get_peft_model(small_model(), HypLoRAConfig(**options), adapter_name="low")
-    calibrate(model, "low", **low)
-    train(model, low)
-    model.add_adapter("high", HypLoRAConfig(**options, curvature=2.0))
-    model.set_adapter("high")
-    calibrate(model, "high", **high)
-    train(model, high)
-
-    print("loss on         low numbers   high numbers")
-    with model.disable_adapter():
-        print(f"no adapter      {loss_of(model, low):11.4f}   {loss_of(model, high):12.4f}")
-    for name in ("low", "high"):
-        model.set_adapter(name)
-        print(f"{name:15s} {loss_of(model, low):11.4f}   {loss_of(model, high):12.4f}")
-
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        config = HypLoRAConfig.from_pretrained(f"{folder}/high")
-        loaded = PeftModel.from_pretrained(small_model(), f"{folder}/high", config=config)
-        same = loss_of(loaded, high) == loss_of(model, high)
-        print(f"the second adapter, loaded alone, gives the same loss: {same}")
-
+        config = HypLoRAConfig.from_pretrained(folder)
+        loaded = PeftModel.from_pretrained(small_model(), folder, config=config)
+    same = torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    print(f"the adapter, loaded into another base, gives the same logits: {same}")
     try:
         model.merge_and_unload()
     except RuntimeError as error:
