@@ -12,7 +12,6 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -22,10 +21,7 @@ from hyplora import (
     HypLoRALinear,
     disable_hyplora,
     hyplora_layers,
-    hyplora_state_dict,
-    hyplora_statistics,
     hyplora_update,
-    inject_hyplora,
     length,
     load_hyplora,
     remove_hyplora,
@@ -33,6 +29,7 @@ from hyplora import (
 )
 from scaling import kernels
 from scaling.kernels import KernelHypLoRALinear, use_kernels
+from test_hyplora import adapted
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,18 +101,14 @@ def check_errors(layer, x):
 
 
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
-@pytest.mark.parametrize("d_in, d_out, rank", [(7, 6, 3), (48, 300, 32), (300, 260, 256)])
-@pytest.mark.parametrize("radius", [0.01, 1.4, 8.0, 20.0])
-def test_errors_are_no_larger_than_the_plain_forms(dtype, d_in, d_out, rank, radius):
+@pytest.mark.parametrize(
+    "d_in, d_out, rank",
+    [(7, 6, 3), (300, 260, 256), (5000, 9, 2), (9, 9001, 2)],  # The last rows are of many blocks.
+)
+def test_errors_are_no_larger_than_the_plain_forms(dtype, d_in, d_out, rank):
     layer = make_layer(d_in, d_out, rank, dtype)
-    x = radius * math.sqrt(2) * randn(2, 10, d_in, seed=3)
-    check_errors(layer, x.to(dtype))
-
-
-@pytest.mark.parametrize("d_in, d_out", [(5000, 9), (9, 9001)])
-def test_rows_longer_than_a_block(d_in, d_out):
-    layer = make_layer(d_in, d_out, 2)
-    check_errors(layer, 2 * randn(3, d_in, seed=3))
+    for radius in (0.01, 1.4, 8.0, 20.0):
+        check_errors(layer, (radius * math.sqrt(2) * randn(2, 3, d_in, seed=3)).to(dtype))
 
 
 def test_an_ill_conditioned_B_loses_no_digits():
@@ -132,9 +125,6 @@ def test_an_ill_conditioned_B_loses_no_digits():
         layer.weight.zero_()
         layer.bias.zero_()
     check_errors(layer, x)
-    exact = run(copy.deepcopy(layer).double(), x)["out"].norm(dim=-1)
-    fast = run(with_kernels(layer), x)["out"].norm(dim=-1)
-    assert ((fast - exact).abs() / layer.K.sqrt()).max() < 1e-4  # These are radii.
 
 
 def token_layer(gain, K):
@@ -148,8 +138,8 @@ def token_layer(gain, K):
     return layer
 
 
-@pytest.mark.parametrize("K", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("gain", [1e-10, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("K", [1e-6, 1e6])
 def test_each_token_is_right_to_six_digits(K, gain):
     radii = torch.tensor([1e-12, 1e-6, 1e-3, 0.1, 0.29, 0.49, 0.51, 1, 3, 11.9, 12.1, 40, 1e6])
     x = (radii * math.sqrt(K))[:, None].to(DEVICE)
@@ -180,37 +170,7 @@ def test_a_square_that_overflows_is_not_finite():
             assert not layer(x)[0].isfinite()
 
 
-@pytest.mark.parametrize("zero", ["x", "A", "B"])
-def test_zeros_have_finite_gradients(zero):
-    layer = make_layer(8, 6, 2)
-    x = 2 * randn(4, 8)
-    with torch.no_grad():
-        {"x": x[1:], "A": layer.lora_A, "B": layer.lora_B}[zero].zero_()
-    exact = run(copy.deepcopy(layer).double(), x)
-    fast = run(with_kernels(layer), x)
-    for name in exact:
-        assert torch.allclose(fast[name], exact[name], rtol=1e-5, atol=1e-6), name
-
-
-# --- Shapes and modes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        randn(8),
-        randn(0, 8),
-        randn(2, 0, 8),
-        randn(3, 2, 2, 8),
-        randn(8, 5).T,
-        randn(4, 3, 8).transpose(0, 1),
-        randn(5, 20)[:, 3:11],
-        randn(1, 8).expand(5, 8),
-    ],
-    ids=lambda x: str(tuple(x.shape)),
-)
-def test_shapes(x):
-    layer = make_layer(8, 6, 2)
+def check_against_float64(layer, x):
     exact = run(copy.deepcopy(layer).double(), x)  # The gradient is expanded from one number.
     fast = run(with_kernels(layer), x)
     for name in exact:
@@ -218,17 +178,36 @@ def test_shapes(x):
         assert torch.allclose(fast[name], exact[name], rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.parametrize("zero", ["x", "A", "B"])
+def test_zeros_have_finite_gradients(zero):
+    layer = make_layer(8, 6, 2)
+    x = 2 * randn(4, 8)
+    with torch.no_grad():
+        {"x": x[1:], "A": layer.lora_A, "B": layer.lora_B}[zero].zero_()
+    check_against_float64(layer, x)
+
+
+# --- Shapes and modes ---------------------------------------------------------------------------
+
+STRIDED = [randn(8, 5).T, randn(4, 3, 8).transpose(0, 1), randn(5, 20)[:, 3:11]]
+SHAPES = [randn(8), randn(0, 8), randn(2, 0, 8), randn(3, 2, 2, 8), randn(1, 8).expand(5, 8)]
+
+
+@pytest.mark.parametrize("x", STRIDED + SHAPES, ids=lambda x: str(tuple(x.shape)))
+def test_every_shape_and_stride_is_read_right(x):
+    check_against_float64(make_layer(8, 6, 2), x)
+
+
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
-@pytest.mark.parametrize("tokens", [3, 100])
+@pytest.mark.parametrize("tokens", [3, 65])  # Above 64, the products are in the dtype of x.
 def test_without_a_backward_pass_it_is_as_accurate(dtype, tokens):
     layer = make_layer(24, 20, 4, dtype)
     x = (2 * randn(tokens, 24, seed=3)).to(dtype)
     exact = copy.deepcopy(layer).double()(x.double())
     fast = with_kernels(layer)
     with torch.no_grad():
-        plain = layer(x)
-        inferred = fast(x)
-    assert inferred.dtype == dtype and not inferred.requires_grad
+        plain, inferred = layer(x), fast(x)
+    assert inferred.dtype == dtype
     bound = 1.2 * error(plain.double(), exact) + FLOOR[dtype]
     assert error(inferred.double(), exact) < bound
     with torch.inference_mode():
@@ -258,19 +237,13 @@ def test_a_step_is_two_launches_and_a_frozen_x_gets_no_gradient(monkeypatch):
         assert (arguments[4] is not None) == x.requires_grad == (x.grad is not None)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.trace")
-def test_the_plain_form_runs_for_float64_and_for_all_that_traces(monkeypatch):
-    layer = with_kernels(make_layer(8, 6, 2))
-    x = randn(4, 8)
+def test_the_plain_form_runs_for_float64_and_for_what_is_compiled(monkeypatch):
+    layer, x = with_kernels(make_layer(8, 6, 2)), randn(4, 8)
     eager = layer(x)
     launches = record_launches(monkeypatch)
-    layer_64 = copy.deepcopy(layer).double()
-    assert torch.allclose(layer_64(x.double()).float(), eager, atol=1e-5)
+    assert torch.allclose(copy.deepcopy(layer).double()(x.double()).float(), eager, atol=1e-5)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), eager, atol=1e-5)
-    with torch.no_grad():
-        traced = torch.jit.trace(layer, x, check_trace=False)
-    assert torch.allclose(traced(2 * x), copy.deepcopy(layer_64)(2 * x.double()).float(), atol=1e-5)
     if DEVICE == "cuda":
         copy.deepcopy(layer).cpu()(x.cpu())
     assert launches == []
@@ -281,13 +254,11 @@ def test_the_plain_form_runs_for_float64_and_for_all_that_traces(monkeypatch):
 def test_dropout_drops_what_it_drops_in_the_plain_form():
     layer = make_layer(32, 6, 2, dropout=0.5)
     results = []
-    for each in (layer, with_kernels(layer)):
+    for each in (layer, with_kernels(layer), with_kernels(layer).eval()):
         torch.manual_seed(0)
-        results.append(run(each, randn(4, 32)))
-    for name in results[0]:
-        assert torch.allclose(results[0][name], results[1][name], rtol=1e-4, atol=1e-5), name
-    fast = with_kernels(layer).eval()
-    assert torch.allclose(fast(randn(4, 32)), layer.eval()(randn(4, 32)), atol=1e-5)
+        results.append(each(randn(4, 32)))
+    assert torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(results[2], layer.eval()(randn(4, 32)), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -305,41 +276,6 @@ def test_autocast(dtype):
         assert error(result[name], exact[name]) < 0.02, name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_adapters_in_16_bits_train_too(dtype):
-    layer = with_kernels(make_layer(24, 20, 4)).to(dtype)
-    layer(randn(5, 24).to(dtype)).sum().backward()
-    for name in ("lora_A", "lora_B", "lora_K"):
-        gradient = getattr(layer, name).grad
-        assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.any()
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    layer = with_kernels(make_layer(8, 6, 2))
-    gradients = []
-    for is_checkpointed in (False, True):
-        layer.zero_grad()
-        x = randn(4, 8).requires_grad_()
-        out = checkpoint(layer, x, use_reentrant=use_reentrant) if is_checkpointed else layer(x)
-        out.square().sum().backward()
-        gradients.append([x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.lora_K.grad])
-    for expected, result in zip(*gradients):
-        assert expected.any() and torch.equal(result, expected)
-
-
-def test_the_output_may_be_changed_in_place():
-    layer = make_layer(8, 6, 2)
-    model = nn.Sequential(layer, nn.ReLU(inplace=True))
-    x = randn(2, 3, 8)
-    model(x).sum().backward()
-    expected = layer.lora_B.grad.clone()
-    layer.zero_grad()
-    use_kernels(model)
-    model(x).sum().backward()
-    assert torch.allclose(layer.lora_B.grad, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_a_second_derivative_is_refused():
     layer = with_kernels(make_layer(8, 6, 2))
     x = randn(4, 8).requires_grad_()
@@ -350,102 +286,60 @@ def test_a_second_derivative_is_refused():
 # --- The life of an adapter ---------------------------------------------------------------------
 
 
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.second = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
+def toy():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(DEVICE)
 
 
 def adapted_toy(**options):
-    torch.manual_seed(0)
-    model = Toy().to(DEVICE)
-    inject_hyplora(model, "all-linear", rank=2, **options)
-    for layer in hyplora_layers(model).values():
-        nn.init.normal_(layer.lora_B)
-    return model
+    return adapted(toy(), **options).to(DEVICE)
 
 
-def test_only_the_class_changes(tmp_path):
-    model = adapted_toy()
-    x = randn(5, 8)
-    with disable_hyplora(model):
-        base = model(x)
+def test_only_the_class_changes_and_an_adapter_lives_on(tmp_path):
+    model, base, x = adapted_toy(), toy(), randn(5, 8)
     plain = model(x)
-    names = [name for name, _ in model.named_parameters()]
     state = copy.deepcopy(model.state_dict())
-    statistics = hyplora_statistics(model, x)
-    assert use_kernels(model) == use_kernels(model) == ["first", "second"]
-    assert type(model.first) is KernelHypLoRALinear and isinstance(model.first, HypLoRALinear)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert use_kernels(model) == use_kernels(model) == ["0", "2"]
     assert list(model.state_dict()) == list(state)
-    for name, row in hyplora_statistics(model, x).items():
-        assert row == pytest.approx(statistics[name], rel=1e-4)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(same.first) is KernelHypLoRALinear
+        assert type(same[0]) is KernelHypLoRALinear
         assert torch.allclose(same(x), plain, atol=1e-5)
         with disable_hyplora(same):
-            assert torch.equal(same(x), base)
+            assert torch.equal(same(x), base(x))
     save_hyplora(model, tmp_path / "adapter.pt")
-    torch.manual_seed(0)
-    other = Toy().to(DEVICE)
+    other = toy()
     load_hyplora(other, tmp_path / "adapter.pt")
     assert torch.allclose(other(x), plain)
-    assert torch.equal(remove_hyplora(model)(x), base) and not hyplora_layers(model)
+    assert torch.equal(remove_hyplora(model)(x), base(x)) and not hyplora_layers(model)
 
 
 def test_plain_lora_and_the_layers_of_others_are_left_alone():
-    class Other(HypLoRALinear):
-        pass
-
     model = adapted_toy(curvature=math.inf)
-    assert use_kernels(model) == [] and type(model.first) is HypLoRALinear
+    assert use_kernels(model) == [] and type(model[0]) is HypLoRALinear
     model = adapted_toy()
-    model.first.__class__ = Other
-    assert use_kernels(model) == ["second"] and type(model.first) is Other
+    model[0].__class__ = type("Other", (HypLoRALinear,), {})
+    assert use_kernels(model) == ["2"]
 
 
-def train_steps(model, x, steps=3):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(steps):
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist = pytest.importorskip("torch.distributed")
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_training_with_ddp_and_fsdp2(process_group):
+def test_fsdp2_trains_in_kernels_what_one_process_trains_in_the_plain_form(monkeypatch):
     from torch.distributed.fsdp import fully_shard
 
-    alone = adapted_toy()
-    train_steps(alone, randn(5, 8))
-    in_ddp = adapted_toy()
-    use_kernels(in_ddp)
-    train_steps(nn.parallel.DistributedDataParallel(in_ddp), randn(5, 8))
-    sharded = adapted_toy()
+    dist, launches = torch.distributed, record_launches(monkeypatch)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone, sharded = adapted_toy(), adapted_toy()
     use_kernels(sharded)
-    fully_shard(sharded.second)
-    fully_shard(sharded)
-    assert isinstance(sharded.second, KernelHypLoRALinear)
-    train_steps(sharded, randn(5, 8))
-    expected = hyplora_state_dict(alone)
-    assert not torch.equal(
-        expected["first.lora_A"], hyplora_state_dict(adapted_toy())["first.lora_A"]
-    )
-    for model in (in_ddp, sharded):
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            torch.testing.assert_close(whole, alone.state_dict()[name], rtol=1e-4, atol=1e-5)
+    for model in (alone, fully_shard(sharded)):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(randn(5, 8)).square().mean().backward()
+            optimizer.step()
+    assert len(launches) == 3 * 2 * 2  # three steps through two layers, back and forth
+    assert not torch.equal(alone[0].lora_A, adapted_toy()[0].lora_A)
+    for name, p in sharded.named_parameters():
+        whole = p.full_tensor()
+        torch.testing.assert_close(whole, alone.get_parameter(name), rtol=1e-4, atol=1e-5)
+    dist.destroy_process_group()
