@@ -1,10 +1,6 @@
 """Adapter files: what trains is in them, and damaged, foreign and hostile ones change nothing."""
 
 import math
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +8,7 @@ import torch
 import torch.nn as nn
 
 import hyplora
-from hyplora import hyplora_state_dict, load_hyplora, save_hyplora, set_hyplora_state_dict
+from hyplora import hyplora_state_dict, load_hyplora, save_hyplora
 from test_hyplora import IDS, QV, Toy, adapted, assert_unchanged, snapshot, train
 
 torch.set_num_threads(1)
@@ -67,15 +63,6 @@ def test_a_bare_model_and_an_injected_one_load_the_same(tmp_path):
         assert names | {f"{name}.lora_unit" for name in QV} == hyplora_state_dict(model).keys()
 
 
-def test_options_may_come_from_numpy(tmp_path):
-    np = pytest.importorskip("numpy", reason="pip install numpy")
-    model = adapted(Toy(), rank=np.int64(2), alpha=np.float64(4), curvature=np.float32(0.5))
-    save_hyplora(model, tmp_path / "adapter.pt")
-    loaded = Toy()
-    load_hyplora(loaded, tmp_path / "adapter.pt")
-    assert torch.equal(loaded(IDS), model(IDS))
-
-
 def test_an_adapter_for_a_base_of_another_dtype(path):
     half = Toy().bfloat16()
     load_hyplora(half, path)
@@ -84,28 +71,16 @@ def test_an_adapter_for_a_base_of_another_dtype(path):
         assert torch.equal(tensor, tensors[name].to(tensor.dtype)) and tensor.any()
 
 
-def test_adapters_are_switched_by_their_tensors():
-    model, other = trained(), trained(alpha=3.0)
-    set_hyplora_state_dict(model, hyplora_state_dict(other))
-    for name, tensor in hyplora_state_dict(other).items():
-        assert torch.equal(hyplora_state_dict(model)[name], tensor)
-
-
 def test_adapters_that_nothing_calls_are_named_when_saving(tmp_path):
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
-
+    class Owner(nn.Sequential):
         def forward(self, x):
-            return nn.functional.linear(self.called(x), self.read.weight)
+            return nn.functional.linear(self[1](x), self[0].weight)
 
-    model = nn.Sequential(Owner())
+    model = nn.Sequential(Owner(nn.Linear(8, 8), nn.Linear(8, 8)))
     hyplora.inject_hyplora(model, "all-linear")
-    optimizer = torch.optim.SGD(hyplora.hyplora_parameters(model), lr=0.1)
     model(torch.randn(4, 8)).square().sum().backward()
-    optimizer.step()
-    with pytest.warns(UserWarning, match=r"never called by their owner: \['0.read.lora_B'\]"):
+    torch.optim.SGD(hyplora.hyplora_parameters(model)[:1], lr=0.1).step()
+    with pytest.warns(UserWarning, match=r"never called by their owner: \['0.0.lora_B'\]"):
         save_hyplora(model, tmp_path / "adapter.pt")
 
 
@@ -230,35 +205,8 @@ def test_an_adapter_of_a_layer_that_is_not_here_or_not_linear(path):
 
 # --- saving that is cut short -------------------------------------------------------------------
 
-SAVES_FOREVER = """
-import sys, torch, torch.nn as nn
-from hyplora import inject_hyplora, save_hyplora
-model = nn.Sequential(nn.Linear(512, 512))
-inject_hyplora(model, "all-linear", rank=64)
-for value in range(1, 10**9):
-    nn.init.constant_(model[0].lora_B, value)
-    save_hyplora(model, sys.argv[1])
-    print(value, flush=True)
-"""
 
-
-def test_a_killed_save_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "adapter.pt"
-    command = [sys.executable, "-W", "ignore", "-c", SAVES_FOREVER, path]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
-    for _ in range(5):
-        saved = int(process.stdout.readline())
-    time.sleep(0.02 * random.Random(0).random())
-    process.kill()
-    saved = int((process.stdout.read().split() or [saved])[-1])
-    model = nn.Sequential(nn.Linear(512, 512))
-    load_hyplora(model, path)
-    values = model[0].lora_B.unique()
-    assert len(values) == 1 and values.item() in (saved, saved + 1)
-
-
-def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing_beside(path, monkeypatch):
+def test_a_save_that_breaks_off_keeps_the_old_file_and_leaves_nothing_beside(path, monkeypatch):
     old = path.read_bytes()
 
     def disk_full(content, file):
