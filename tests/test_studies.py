@@ -95,33 +95,35 @@ def test_the_exponent_is_that_of_the_law_that_counts_were_drawn_from(alpha):
     assert abs(law.alpha - alpha) < 5 * law.error + 0.02
 
 
+BAD_SPACES = {
+    "either points or distances": {},
+    "not finite": {"points": randn(4, 3) / 0},
+    r"shape \(4, 3\)": {"distances": randn(4, 3)},
+    "diagonal of zeros": {"distances": torch.ones(3, 3)},
+    "symmetric": {"distances": torch.ones(3, 3).triu(1)},
+    "at least 0": {"distances": -torch.ones(3, 3)},
+}
+BAD_COUNTS = {
+    "0 counts above 0": [0] * 50,
+    "at least ten counts": [3] * 50,
+    "whole numbers": [math.inf] * 50,
+    "follow no power law": [1000] * 50 + [1001],
+}
+
+
 def test_no_number_is_made_up_where_there_is_nothing_to_measure():
-    for arguments, message in [
-        ({}, "either points or distances"),
-        ({"points": randn(4, 3) / 0}, "not finite"),
-        ({"distances": randn(4, 3)}, r"shape \(4, 3\)"),
-        ({"distances": torch.ones(3, 3)}, "diagonal of zeros"),
-        ({"distances": torch.ones(3, 3).triu(1)}, "symmetric"),
-        ({"distances": -torch.ones(3, 3)}, "at least 0"),
-    ]:
+    for message, arguments in BAD_SPACES.items():
         with pytest.raises(ValueError, match=message):
             delta_hyperbolicity(**arguments)
-    for counts, message in [
-        ([0] * 50, "0 counts above 0"),
-        ([3] * 50, "at least ten counts"),
-        ([math.inf] * 50, "whole numbers"),
-        ([1000] * 50 + [1001], "follow no power law"),
-    ]:
+    for message, counts in BAD_COUNTS.items():
         with pytest.raises(ValueError, match=message):
             power_law_exponent(counts)
 
 
 def test_the_p_value_is_uniform_under_the_law_and_rejects_another():
-    p_values = []
-    for seed in range(10):
-        counts = samples_of_the_law(2.2, xmin=3, n=1000, seed=seed)
-        p_values.append(power_law_p_value(counts, draws=20))
-    assert 0.25 < sum(p_values) / 10 < 0.75
+    laws = [samples_of_the_law(2.2, xmin=3, n=500, seed=seed) for seed in range(8)]
+    p_values = [power_law_p_value(counts, draws=15) for counts in laws]
+    assert 0.25 < sum(p_values) / 8 < 0.75
     assert max(p_values) - min(p_values) > 0.4
     uniform = torch.rand(2000, generator=generator(), dtype=torch.float64)
     exponential = (1 - 8 * uniform.log()).floor()
@@ -134,10 +136,10 @@ def test_samples_of_the_p_value_follow_the_law(alpha):
     drawn = geometry.sample_power_law(law, 50_000, np.random.default_rng(0))
     x = np.arange(4, 10**6, dtype=float)
     chances = x**-alpha / (x**-alpha).sum()
-    assert len(drawn) == 50_000 and drawn.min() == 4
-    for value in (4, 5, 9):
-        assert (drawn == value).mean() == pytest.approx(chances[value - 4], abs=0.008)
-    assert (drawn > 400).mean() == pytest.approx(chances[397:].sum(), abs=0.001)
+    for low, high, error in ((4, 5, 0.008), (5, 6, 0.008), (9, 10, 0.008), (401, 10**6, 0.001)):
+        share = ((low <= drawn) & (drawn < high)).mean()
+        assert share == pytest.approx(chances[low - 4 : high - 4].sum(), abs=error)
+    assert drawn.min() == 4
 
 
 def test_norms_are_put_beside_how_often_their_tokens_occur():
@@ -146,9 +148,6 @@ def test_norms_are_put_beside_how_often_their_tokens_occur():
     rare, frequent = geometry.norm_by_frequency(embedding, token_ids, bins=2)
     assert (rare["norms"].tolist(), frequent["norms"].tolist()) == ([5.0], [1.0, 3.0])
     assert (rare["low"], rare["high"], frequent["high"]) == pytest.approx((1, 10, 100))
-    token_ids = (500 * torch.rand(3000, generator=generator()) ** 4).long()
-    bins = geometry.norm_by_frequency(randn(500, 3), token_ids, bins=7)
-    assert sum(len(found["norms"]) for found in bins) == len(token_ids.unique())
     with pytest.raises(ValueError, match="token 4, .* rows 0 to 3"):
         geometry.norm_by_frequency(embedding, [0, 4])
 
@@ -158,32 +157,27 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8], [9, 7, 9, 3]]
 
 def test_other_tokens_lose_the_meaning_of_a_prompt_and_nothing_else():
     shuffled = nulls.shuffled_prompts(PROMPTS, 10, generator())
-    assert [len(prompt) for prompt in shuffled] == [5, 7, 4]
+    assert [len(prompt) for prompt in shuffled] == [5, 7, 4] and shuffled != PROMPTS
     assert sorted(itertools.chain(*shuffled)) == sorted(itertools.chain(*PROMPTS))
-    assert [sorted(prompt) for prompt in shuffled] != [sorted(prompt) for prompt in PROMPTS]
     reordered = nulls.reordered_prompts(PROMPTS, 10, generator())
     assert [sorted(prompt) for prompt in reordered] == [sorted(prompt) for prompt in PROMPTS]
-    assert [prompt[0] for prompt in reordered] != [prompt[0] for prompt in PROMPTS]
+    assert reordered != PROMPTS
     drawn = nulls.random_tokens(PROMPTS, 1000, generator())
     assert 100 < max(itertools.chain(*drawn)) < 1000
     for old, new in zip(PROMPTS, drawn):
-        for i, j in itertools.combinations(range(len(old)), 2):
-            assert (old[i] == old[j]) == (new[i] == new[j])
+        assert [old.index(token) for token in old] == [new.index(token) for token in new]
 
 
 def test_other_vectors_keep_what_their_name_says():
     points = randn(400, 3) @ randn(3, 3, seed=1) + 5
     permuted = nulls.entries_permuted(points, None, generator(1))
     assert torch.equal(permuted.sort(dim=0).values, points.sort(dim=0).values)
-    found = torch.corrcoef(
-        nulls.entries_permuted(points[:, :1].expand(400, 4), None, generator()).T
-    )
-    assert (found - torch.eye(4)).abs().max() < 0.2
-    whole = nulls.moments(points)
-    drawn = nulls.gaussian_like(torch.empty(200_000, 3), whole, generator(2)).double()
-    assert torch.allclose(drawn.mean(dim=0), points.mean(dim=0), atol=0.05)
+    columns = nulls.entries_permuted(points[:, :1].expand(400, 4), None, generator()).T
+    assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.2
+    drawn = nulls.gaussian_like(torch.empty(200_000, 3), nulls.moments(points), generator(2))
+    assert torch.allclose(drawn.double().mean(dim=0), points.mean(dim=0), atol=0.05)
     expected = torch.cov(points.T)
-    assert torch.allclose(torch.cov(drawn.T), expected, atol=0.05 * expected.max())
+    assert torch.allclose(torch.cov(drawn.double().T), expected, atol=0.05 * expected.max())
     drawn = nulls.gaussian_of_same_norms(points, None, generator(1))
     assert torch.allclose(drawn.norm(dim=1), points.norm(dim=1))
     assert torch.cosine_similarity(drawn, points).abs().median() < 0.9
@@ -198,30 +192,10 @@ def test_a_hierarchy_is_a_tree_where_dimensions_are_many():
     assert delta_hyperbolicity(distances=steps.round()) == 0
 
 
-@pytest.mark.parametrize("mean_degree", [1.5, 4])
-def test_a_random_graph_has_the_distances_of_a_walk_through_it(mean_degree):
-    distances = nulls.random_graph(60, generator(), mean_degree)
-    edges = (distances == 1).float()
-    reached = torch.eye(len(edges))
-    walked = torch.full_like(edges, math.inf).fill_diagonal_(0)
-    for steps in range(1, len(edges)):
-        reached = ((reached @ edges + reached) > 0).float()
-        walked = torch.minimum(walked, torch.where(reached > 0, steps, math.inf))
-    assert len(edges) > 30 and torch.equal(walked, distances)
-
-
 def test_a_cell_can_not_break_its_table():
     rows = [{"": "a|b", "x": 1}, {"": "two\nlines", "y": 0.5}]
     lines = ["|  | x | y |", "| --- | ---: | ---: |", "| a\\|b | 1 |  |", "| two lines |  | 0.5 |"]
     assert tables.markdown(rows) == "\n".join(lines)
-
-
-def test_an_interval_of_five_seeds_contains_the_mean_in_19_of_20_cases():
-    hits = 0
-    for seed in range(400):
-        mean, half = tables.mean_and_interval(randn(5, seed=seed)).split(" ± ")
-        hits += abs(float(mean)) <= float(half)
-    assert 365 <= hits <= 392
 
 
 def test_a_section_is_replaced_where_it_stands_and_others_stay_as_they_are(tmp_path):
@@ -236,15 +210,6 @@ def test_a_section_is_replaced_where_it_stands_and_others_stay_as_they_are(tmp_p
     tables.write_section(path, "Added", "a")
     assert path.read_text().endswith("## Last\n\nL\n\n## Added\n\na\n")
     assert [path] == list(tmp_path.iterdir())
-
-
-def test_a_stamp_says_when_where_with_what_and_how():
-    stamp = tables.stamp("python -m studies.x", libraries=(transformers,))
-    assert re.match(
-        r"20\d\d-\d\d-\d\d, .+ threads, (no commit|commit [0-9a-f]{7,}(-dirty)?), ", stamp
-    )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    assert stamp.endswith(f"{versions}. `python -m studies.x`")
 
 
 # --- the authors' layers, read off anew, token by token -------------------------------------------
@@ -385,20 +350,19 @@ def test_the_embedding_of_whole_sharded_and_4_bit_checkpoints_is_the_models(chec
     assert torch.equal(embeddings.read_embedding(tmp_path / "four_bit"), expected)
 
 
-@pytest.mark.parametrize("says_so", [{}, {"quantization_config": {"group_size": 32, "bits": 4}}])
-def test_the_packed_numbers_of_mlx_are_not_taken_for_vectors(checkpoint, says_so):
+def test_the_packed_numbers_of_mlx_are_not_taken_for_vectors(checkpoint):
     tensors = tensors_of(checkpoint)
-    for name in list(tensors):
-        if tensors[name].ndim == 2:
-            rows = len(tensors[name])
-            tensors[name] = torch.randint(2**31, (rows, 8), dtype=torch.int64).to(torch.uint32)
-            for part in ("scales", "biases"):
-                tensors[name.replace("weight", part)] = torch.ones(rows, 2)
+    for name in [name for name in tensors if tensors[name].ndim == 2]:
+        rows = len(tensors[name])
+        tensors[name] = torch.randint(2**31, (rows, 8)).to(torch.uint32)
+        for part in ("scales", "biases"):
+            tensors[name.replace("weight", part)] = torch.ones(rows, 2)
     safetensors.torch.save_file(tensors, checkpoint / "model.safetensors", {"format": "mlx"})
     config = json.loads((checkpoint / "config.json").read_text())
-    config |= {"quantization": {"group_size": 32, "bits": 4}} | says_so
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    assert "transformers can't load" in refused(embeddings.read_embedding, checkpoint)
+    for key in ("quantization", "quantization_config"):  # Not every file has the second.
+        config[key] = {"group_size": 32, "bits": 4}
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        assert "transformers can't load" in refused(embeddings.read_embedding, checkpoint)
 
 
 def test_whole_numbers_are_not_measured_without_their_scales(checkpoint):
@@ -440,12 +404,10 @@ def test_a_model_without_its_tokenizer_or_with_anothers_is_refused(checkpoint, d
 def test_json_lines_are_records_and_a_text_without_them_is_refused(data, tmp_path):
     instructions = embeddings.read_instructions(data, 3)
     assert len(instructions) == 3 and set(" ".join(instructions).split()) <= set(WORDS)
-    path = tmp_path / "listed.json"
-    path.write_text(json.dumps([json.loads(line) for line in data.read_text().splitlines()]))
-    assert embeddings.read_instructions(path, 3) == instructions
+    path = tmp_path / "other.json"
     for text in ("What is two and two?", '[{"instruction": "a"}, {}]'):
         path.write_text(text)
-        assert "listed.json" in refused(embeddings.read_instructions, path, None)
+        assert "other.json" in refused(embeddings.read_instructions, path, None)
 
 
 def test_delta_of_a_prompt_takes_its_tokens_in_order_and_the_first_as_base():
