@@ -18,7 +18,7 @@ HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besid
     model = PeftModel.from_pretrained(base, folder, config=HypLoRAConfig.from_pretrained(folder))
 
 Do pass the config there: without it, PEFT warns of "curvature" and loads A and B as a plain LoRA.
-The interface is private; tests/test_examples.py names the versions that this was run with.
+The interface is private; examples/README.md names the version that this was run with.
 """
 
 import tempfile

