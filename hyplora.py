@@ -40,7 +40,7 @@ import torch.nn.functional as F
 # p = (p0, p1, ..., pd) with -p0^2 + p1^2 + ... + pd^2 = -K and p0 > 0. The coordinate p0 is called
 # time, the others are called space. The lowest point, (sqrt K, 0, ..., 0), is the origin, and the
 # vectors of a network live in the tangent space there: the flat space that touches the sheet.
-# K is a number or a tensor of one element. Results are float32 or wider, and inf or NaN beyond.
+# K is a number or a tensor of one element, in float32 or wider, which the maps return, too.
 
 
 def lorentz_inner(p, q):
@@ -58,7 +58,7 @@ def length(v):
     v = widen(v)
     largest = v.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-36)
     squares = (v / largest).square().sum(dim=-1, keepdim=True)
-    return largest * squares.clamp(min=1).sqrt()  # The sum is below 1 for v = 0 alone.
+    return largest * squares.clamp(min=1).sqrt()  # The sum is at least 1, but for v = 0.
 
 
 def expmap0(v, K):
@@ -66,10 +66,9 @@ def expmap0(v, K):
     The exponential map lifts a vector to a point as far from the origin as the vector is long.
     """
     r = (length(v) / K**0.5).clamp(min=1e-18)  # So sinh(r) / r is 1 for v = 0, and not 0 / 0.
-    time = K**0.5 * torch.cosh(r)
     stretch = torch.sinh(r) / r
-    space = (stretch * v).masked_fill((v == 0) & stretch.isinf(), 0)  # There, inf * 0 is NaN.
-    return torch.cat([time, space], dim=-1)
+    is_zero = (v == 0) & stretch.isinf()  # Such a coordinate stays 0: inf * 0 would be NaN.
+    return torch.cat([K**0.5 * torch.cosh(r), (stretch * v).masked_fill(is_zero, 0)], dim=-1)
 
 
 def logmap0(p, K):
@@ -85,8 +84,9 @@ def llr(p, A, B, K):
     """( sqrt(|BA p_s|^2 + K),  BA p_s ): (..., d_in+1) -> (..., d_out+1).
     The Lorentz low-rank transformation (LLR) multiplies space by BA and computes time anew.
     """
-    space = widen(p[..., 1:]) @ widen(A).T @ widen(B).T
-    time = torch.hypot(length(space), torch.as_tensor(K).to(space) ** 0.5)
+    space = widen(p[..., 1:])
+    space = space @ A.to(space).T @ B.to(space).T
+    time = torch.hypot(length(space), K**0.5 * torch.ones_like(space[..., :1]))
     return torch.cat([time, space], dim=-1)
 
 
@@ -99,18 +99,18 @@ def hyplora_reference(x, A, B, K):
 
 
 def radii(x, lora, K):
-    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. Unlike length, it copies none."""
+    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. length(x) would copy all of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
-    squares = torch.cat(squares, dim=-1).clamp(min=1e-36)
-    roots = squares / squares.sqrt()  # Where a square overflows, this is inf / inf, which is NaN.
+    squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
+    roots = squares / squares.sqrt()  # An overflow is inf / inf, so NaN, and no token far out.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
 def hyplora_update(x, A, B, K, max_radius=12.0):
     """The same update by the law of sinh: sinh r' = g sinh r.
 
-    No step above reads time, so follow space alone. expmap0 stretches x to the length sinh r, llr
+    No step above reads time, so follow space alone. expmap0 takes x to the radius sinh r, llr
     multiplies that by the gain g, and logmap0 takes the asinh of the product. What remains is BAx
     with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, a token beyond
     max_radius is treated as if it lay there (the authors do so, too).
@@ -134,12 +134,12 @@ class HypLoRALinear(nn.Module):
     base: nn.Linear, the Conv1D of transformers, or a module with in_features and out_features.
     rank, alpha: the rank of BA; the update is multiplied by scaling = alpha / rank, after logmap0.
     dropout: the share of the adapter's input that is dropped while training.
-    curvature: K / u^2, where u is the length of a typical token at this layer. Such a token has the
-        radius 1/sqrt(curvature), so that larger is flatter; math.inf is plain LoRA.
+    curvature: sets K = curvature * u^2, where u is the length of a typical token at this layer. It
+        has the radius 1/sqrt(curvature) then, so that larger is flatter; math.inf is plain LoRA.
 
-    The parameters are float32: lora_A (rank, in_features), drawn as in LoRA; lora_B (out_features,
-    rank) and lora_K (1,), zero, so that a fresh adapter changes nothing. The buffer lora_unit (1,)
-    is u, sqrt(in_features) until calibrate_curvature measures it. The output has the base's dtype.
+    Parameters, in torch's default dtype: lora_A (rank, in_features), drawn as in LoRA; lora_B
+    (out_features, rank) and lora_K (1,), zero, so that a fresh adapter changes nothing. The buffer
+    lora_unit (1,) is u: sqrt(in_features) until it is calibrated. The output has the base's dtype.
     Raises TypeError if base is no linear layer, and ValueError if an option is out of range.
     """
 
@@ -186,12 +186,12 @@ class HypLoRALinear(nn.Module):
 
     enabled = property(lambda self: self.disabled == 0, doc="False within disable_hyplora.")
 
-    def forward(self, x, *args, **kwargs):
-        """x: (..., in_features) -> (..., out_features). Further arguments reach the base."""
-        out = self.base(x, *args, **kwargs)
+    def forward(self, input, *args, **kwargs):
+        """input: (..., in_features) -> (..., out_features). Further arguments reach the base."""
+        out = self.base(input, *args, **kwargs)
         if not self.enabled:
             return out
-        x = F.dropout(x.to(out.dtype), self.options["dropout"], self.training)
+        x = F.dropout(input.to(out.dtype), self.options["dropout"], self.training)
         if self.options["curvature"] == math.inf:
             update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         else:
@@ -203,8 +203,8 @@ class HypLoRALinear(nn.Module):
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # A quantized base has more:
-        self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # 4-bit
 
     def _load_from_state_dict(self, *args):
         self.base._load_from_state_dict(*args)
@@ -255,7 +255,7 @@ def find_linear_layers(model, targets):
         if missing or isinstance(targets, str):
             here = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"targets must be a list of names out of {here}, got {targets!r}")
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # They call no layer.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # They read a weight alone.
     unused = [name for name in names if isinstance(modules[name.rpartition(".")[0]], readers)]
     if unused and targets != "all-linear":
         raise ValueError(f"these can't be adapted, as their owner reads the weight alone: {unused}")
@@ -276,14 +276,14 @@ def wrap_layers(model, options, tensors=None):
     shards = [p for p, _ in flags if hasattr(p, "device_mesh") or hasattr(p, "ds_id")]
     if shards or parallel & {c.__name__ for c in classes}:
         raise ValueError("adapt the model before it is sharded or put into DDP")
-    modules = dict(model.named_modules())
     layers = {}
     try:
         for p in model.parameters():
             p.requires_grad_(False)
-            p.hyplora_version = p._version  # torch counts how often a tensor was written to.
+            p.hyplora_version = p._version  # torch counts its changes; save_hyplora compares.
         for name, layer_options in options.items():
-            layers[modules[name]] = HypLoRALinear(modules[name], **layer_options)
+            base = model.get_submodule(name)
+            layers[base] = HypLoRALinear(base, **layer_options)
         replace_modules(model, layers)
         if tensors is not None:
             set_hyplora_state_dict(model, tensors)
@@ -348,16 +348,14 @@ def remove_hyplora(model):
 def measure_tokens(model, args, kwargs):
     """{name: (N, 3)} of |x|, |BAx| / |x| and |update| / |BAx|, for the N tokens a layer sees."""
     names = {layer: name for name, layer in hyplora_layers(model).items()}
-    if any(layer.lora_A.ndim < 2 for layer in names):
-        raise ValueError("measure before FSDP1 or ZeRO-3 takes the adapters apart")
     seen = {}
     mask = kwargs.get("attention_mask")
 
-    def look(layer, inputs):
-        x = widen(inputs[0])
+    def look(layer, args, kwargs):
+        x = widen([*args, *kwargs.values()][0])
         counts = (x != 0).any(dim=-1)
         if torch.is_tensor(mask) and mask.shape == counts.shape:
-            counts = counts & mask.to(x.device).bool()
+            counts = counts & (mask.to(x.device) > 0)
         x = x[counts]
         with torch.autocast(x.device.type, enabled=False):
             lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
@@ -366,16 +364,16 @@ def measure_tokens(model, args, kwargs):
         if len(x):
             seen.setdefault(names[layer], []).append(torch.cat(ratios, dim=-1))
 
-    modes = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(look) for layer in names]
+    modes = {m: m.training for m in [*model.modules(), *[layer.base for layer in names]]}
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
     try:
         model.eval()  # DeepSpeed's engine returns nothing here.
         model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():  # An owner comes before what it owns.
-            module.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
     if not seen:
         raise ValueError("no adapted layer saw a token: adapt, give inputs, and compile afterwards")
     return {name: torch.cat(rows) for name, rows in seen.items()}
@@ -386,7 +384,7 @@ def calibrate_curvature(model, *args, **kwargs):
 
     A mean would be ruled by attention sinks, a few tokens hundreds of times as long as the others.
     model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
-    does padding where there is a keyword attention_mask of the tokens' shape. In torch.distributed,
+    does padding, where a keyword attention_mask of the tokens' shape is 0. In torch.distributed,
     all processes call this and get the units of the first. Returns {name: K} of layers that saw a
     token, and warns of the others. Raises ValueError, with every unit as it was, if no layer saw
     any or if a length is not finite.
@@ -441,14 +439,15 @@ def set_hyplora_state_dict(model, tensors):
     """Copy what hyplora_state_dict returned into the model, and let what is no adapter train, too.
     Raises ValueError, with the model unchanged, if names, shapes or numbers do not fit.
     """
-    own = hyplora_state_dict(model)  # What is in here is detached, so that its flags stay.
+    own = hyplora_state_dict(model)  # This is detached, so that flags of adapters stay.
     targets = {**dict(model.named_parameters()), **own}
     for name in {**own, **tensors}:
         if name not in tensors or name not in targets:
-            raise ValueError(f"{name} is only {'in the tensors' if name in tensors else 'here'}")
-        new, shape = tensors[name], targets[name].shape
-        if not torch.is_tensor(new) or new.shape != shape or not new.isfinite().all():
-            raise ValueError(f"{name} must be finite, of shape {shape}, got {new!s:.60}")
+            raise ValueError(f"{name} is only in the {'tensors' if name in tensors else 'model'}")
+        new, old = tensors[name], targets[name]
+        if not torch.is_tensor(new) or new.shape != old.shape or not new.to(old).isfinite().all():
+            got = f"{getattr(new, 'shape', '')} {new!s:.40}"
+            raise ValueError(f"{name} must be finite, of shape {tuple(old.shape)}, got {got}")
     with torch.no_grad():
         for name, new in tensors.items():
             targets[name].copy_(new).requires_grad_(True)

@@ -209,11 +209,11 @@ class AddUpdate(torch.autograd.Function):
 class KernelHypLoRALinear(HypLoRALinear):
     """HypLoRALinear, with the update in kernels wherever they run."""
 
-    def forward(self, x, *args, **kwargs):
-        out = self.base(x, *args, **kwargs)
+    def forward(self, input, *args, **kwargs):
+        out = self.base(input, *args, **kwargs)
         if not self.enabled:
             return out
-        x = x.to(out.dtype)
+        x = input.to(out.dtype)
         if self.training:
             x = F.dropout(x, self.options["dropout"])
         if self.runs_in_kernels(out, x):

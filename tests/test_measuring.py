@@ -34,9 +34,12 @@ def test_calibration_is_by_the_median_so_that_sinks_do_not_rule_it():
 def test_padding_does_not_count_and_the_model_is_as_it_was():
     model, mask = adapted(Toy()), torch.ones(1, 11, dtype=torch.long)
     mask[:, 7:] = 0
-    model.blocks[0].eval()
+    model.blocks[0].eval()  # One of its layers stands in another place, too, which is in training.
     modes = [module.training for module in model.modules()]
     padded = hyplora.calibrate_curvature(model, IDS, attention_mask=mask)
+    additive = torch.where(mask > 0, 0.0, -1e9)
+    with pytest.raises(ValueError, match="no adapted layer saw a token"):
+        hyplora.calibrate_curvature(model, IDS, attention_mask=additive)
     assert padded == pytest.approx(hyplora.calibrate_curvature(model, IDS[:, :7]), rel=1e-5)
     measured = hyplora.hyplora_statistics(model, IDS, attention_mask=mask)
     for name, numbers in hyplora.hyplora_statistics(model, IDS[:, :7]).items():

@@ -52,6 +52,14 @@ def test_at_the_end_of_a_dtype_the_update_is_right_or_loud():
             assert not got.isfinite().all() or torch.allclose(got, want, rtol=1e-4, atol=0)
 
 
+def test_the_law_holds_at_all_scales_and_time_in_all_digits():
+    for scale in (1e-100, 1e-30, 1e30, 1e100):
+        close(hyplora_update(scale * X, A, B, scale**2 * 0.8) / scale, hyplora_update(X, A, B, 0.8))
+    assert llr(expmap0(0 * X, 0.7), A, B, 0.7)[0, 0].item() == pytest.approx(0.7**0.5, rel=1e-15)
+    mixed = hyplora_reference(X, A.float(), B.float(), torch.tensor([0.8]))
+    close(mixed, hyplora_reference(X, A, B, 0.8), rtol=1e-5, atol=1e-6)
+
+
 def test_an_ill_conditioned_B_loses_no_digits_and_gradients_change_no_value():
     """One large direction and noise of 1e-3; the tokens are those that it does not see."""
     b = (randn(64, 1) @ randn(1, 8, seed=1) + 1e-3 * randn(64, 8, seed=2)).float()

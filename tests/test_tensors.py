@@ -136,3 +136,14 @@ def test_a_base_with_children_and_buffers_keeps_them():
     assert torch.equal(model(ROWS), want)
     assert torch.equal(hyplora.remove_hyplora(model)(ROWS), want)
     assert model.state_dict().keys() == names
+
+
+def test_a_layer_that_is_called_by_keyword_runs_and_is_measured():
+    class Keyword(Twice):
+        def forward(self, x):
+            return self.score(input=torch.tanh(self.body(input=x)))
+
+    model = adapted(Keyword())
+    assert torch.equal(model(ROWS), adapted(Twice())(ROWS))
+    measured = hyplora.calibrate_curvature(model, ROWS)
+    assert measured == hyplora.calibrate_curvature(adapted(Twice()), ROWS)
