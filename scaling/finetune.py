@@ -70,10 +70,9 @@ def parse_arguments(argv=None):
     add("--shard", action="store_true", help="under torchrun: FSDP2 spreads the base")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--no-kernels", action="store_true", help="on CUDA, leave out scaling/kernels.py")
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.recipe is not None:
-        args = parser.parse_args(RECIPES[args.recipe].split() + argv)
+        args = parser.parse_args(RECIPES[args.recipe].split() + (argv or sys.argv[1:]))
     if (args.data is None) == (args.score_only is None):
         parser.error("either train with --data FILE, or score with --score-only ADAPTER")
     if not args.eval and (args.score_only is not None or args.predictions is not None):
