@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import write_folder
+from test_integrations import IDS, logits_of, mlp
 
 import hyplora
 
@@ -24,7 +25,6 @@ EXAMPLES = {
     "peft_variant": ["peft", "transformers"],
     "variants": [],
 }
-IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 X = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(20, 16, generator=torch.Generator().manual_seed(2))
 
@@ -41,16 +41,6 @@ def randomize(model):
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
     return model
-
-
-@torch.no_grad()
-def logits_of(model):
-    return model(input_ids=IDS).logits
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16))
 
 
 # --- each example prints what its docstring says ------------------------------------------------
@@ -72,79 +62,34 @@ def test_it_prints_what_its_docstring_says(name, capsys):
     assert "False" not in printed and "nan" not in printed
 
 
-def test_the_picture_is_drawn_and_its_curves_follow_the_law_of_sinh(tmp_path, monkeypatch):
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     from examples import hyperboloid
 
-    radius = torch.linspace(0.01, 5, 50)
-    for gain in (0.25, 4.0):
-        found = hyperboloid.radius_of_update(radius, gain)
-        torch.testing.assert_close(found, torch.asinh(gain * torch.sinh(radius)))
     monkeypatch.setattr("sys.argv", ["hyperboloid", "--out", str(tmp_path)])
     hyperboloid.main()
     assert (tmp_path / "hyperboloid.png").stat().st_size > 10_000
 
 
-# --- Trainer and SFTTrainer ---------------------------------------------------------------------
-
-STEPS = dict(max_steps=6, save_steps=3, per_device_train_batch_size=4, learning_rate=1e-2)
-STEPS |= dict(weight_decay=0.1, report_to="none", disable_tqdm=True, use_cpu=True)
+# --- Trainer ------------------------------------------------------------------------------------
 
 
-def model_and_tokenizer(folder):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def transformers_trainer(folder, llama):
-    return example("transformers_trainer").make_trainer(folder, weight_decay=0.1)
-
-
-def sft_trainer(folder, llama):
-    trl = pytest.importorskip("trl", reason="pip install trl datasets")
-    from datasets import Dataset
-
-    class HypLoRASFTTrainer(example("transformers_trainer").AdapterCheckpoints, trl.SFTTrainer):
-        pass
-
-    model, tokenizer = model_and_tokenizer(llama)
-    hyplora.inject_hyplora(model, ["q_proj", "v_proj"], rank=4, dropout=0.1)
-    data = Dataset.from_dict({"text": [f"{start} {start + 1}" for start in range(3, 35)]})
-    options = trl.SFTConfig(output_dir=folder, bf16=False, **STEPS)
-    return HypLoRASFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
-
-
-@pytest.mark.parametrize("make", [transformers_trainer, sft_trainer])
-def test_the_mix_in_saves_adapters_alone_and_resumes_bit_for_bit(make, tmp_path, llama):
-    straight = make(str(tmp_path / "straight"), llama)
-    start = copy.deepcopy(straight.model.state_dict())
-    straight.train()
-    checkpoint = tmp_path / "straight" / "checkpoint-3"
-    assert (checkpoint / "hyplora.pt").exists()
-    assert not [path for path in checkpoint.rglob("*") if "model" in path.name]
-    resumed = make(str(tmp_path / "resumed"), llama)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    finished = straight.model.state_dict()
-    moves = {name for name, p in straight.model.named_parameters() if p.requires_grad}
-    for name, p in resumed.model.state_dict().items():
-        assert torch.equal(p, finished[name]), name
-        assert torch.equal(p, start[name]) != (name in moves), name
-    groups = straight.optimizer.param_groups
-    names = {p: name for name, p in straight.model.named_parameters()}
-    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
-    assert {name.rpartition(".")[2] for name in decayed} == {"lora_A", "lora_B"}
-
-
-def test_trainer_loads_the_best_adapters_at_the_end(tmp_path):
+def test_the_mix_in_saves_adapters_alone_decays_no_K_and_loads_the_best_at_the_end(tmp_path):
+    """Its own main shows that a run that is resumed ends with the same numbers."""
     options = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=3)
+    options.update(weight_decay=0.1)
     trainer = example("transformers_trainer").make_trainer(str(tmp_path), **options)
     trainer.train()
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name.rpartition(".")[2] for name in decayed} == {"lora_A", "lora_B"}
     logs = [log for log in trainer.state.log_history if "eval_loss" in log]
     best = min(logs, key=lambda log: log["eval_loss"])["step"]
     assert best != logs[-1]["step"]
-    content = torch.load(tmp_path / f"checkpoint-{best}" / "hyplora.pt")
+    checkpoint = tmp_path / f"checkpoint-{best}"
+    assert not [path for path in checkpoint.rglob("*") if "model" in path.name]
+    content = torch.load(checkpoint / "hyplora.pt")
     for name, p in hyplora.hyplora_state_dict(trainer.model).items():
         assert torch.equal(p, content["tensors"][name])
 
@@ -255,13 +200,14 @@ class WithLoss(nn.Sequential):
 
 
 def variant_network(kind, **options):
-    variants, model = example("variants"), network()
+    variants, model = example("variants"), mlp()
     variants.inject_variant(getattr(variants, kind), model, ["0", "2"], **options)
     return variants, model
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_at_curvature_infinity_a_variant_is_pefts_with_its_penalty_and_its_budget(kind):
+def test_at_curvature_infinity_a_variant_is_pefts_and_saved_and_switched_off(kind, tmp_path):
+    """AdaLoRA also with its penalty and its budget."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     adaptive, options = kind.startswith("Ada"), dict(lora_alpha=8, target_modules=["0", "2"])
     schedule = dict(init_r=4, target_r=2, tinit=3, tfinal=5, deltaT=1, total_step=20)
@@ -269,8 +215,9 @@ def test_at_curvature_infinity_a_variant_is_pefts_with_its_penalty_and_its_budge
         config = peft.AdaLoraConfig(orth_reg_weight=0.1, **schedule, **options)
     else:
         config = peft.LoraConfig(r=4, use_dora=True, **options)
-    theirs = randomize(peft.get_peft_model(WithLoss(*network()), config))
+    theirs = randomize(peft.get_peft_model(WithLoss(*mlp()), config))
     variants, ours = variant_network(kind, rank=4, alpha=8, curvature=math.inf)
+    torch.testing.assert_close(ours(X), mlp()(X))
     budget = variants.RankBudget(ours, target_rank=2, total=20, warmup=3, final=5)
     pairs = pairs_of(theirs, ours, VARIANTS[kind])
     optimizers = [torch.optim.AdamW(parameters, lr=0.05) for parameters in zip(*pairs)]
@@ -292,22 +239,12 @@ def test_at_curvature_infinity_a_variant_is_pefts_with_its_penalty_and_its_budge
             assert all(torch.equal(our == 0, their == 0) for their, our in pairs), step
             kept = sum(layer.lora_E.count_nonzero() for layer in (ours[0], ours[2]))
             assert kept == 4 or step < 15
-
-
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_a_variant_starts_as_the_base_is_saved_copied_and_switched_off(kind, tmp_path):
-    (_, model), (_, other) = variant_network(kind, rank=3), variant_network(kind, rank=3)
-    torch.testing.assert_close(model(X), network()(X))
-    optimizer = torch.optim.AdamW(hyplora.hyplora_parameters(model), lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(X) - Y).square().mean().backward()
-        optimizer.step()
-    hyplora.save_hyplora(model, tmp_path / "adapter.pt")
+    hyplora.save_hyplora(ours, tmp_path / "adapter.pt")
+    _, other = variant_network(kind, rank=4, alpha=8, curvature=math.inf)
     hyplora.load_hyplora(other, tmp_path / "adapter.pt")
-    assert torch.equal(copy.deepcopy(other)(X), model(X))
-    with hyplora.disable_hyplora(model):
-        assert torch.equal(model(X), network()(X))
+    assert torch.equal(copy.deepcopy(other)(X), ours(X))
+    with hyplora.disable_hyplora(ours):
+        assert torch.equal(ours(X), mlp()(X))
 
 
 def test_variants_with_hyplora_are_their_formulas_also_where_a_lambda_is_pruned():
@@ -353,7 +290,7 @@ def test_the_snippets_run_before_and_after_the_change(title, tmp_path, monkeypat
     batch = (X, Y) if is_plain else {"input_ids": IDS, "labels": labels}
     lines = snippet(title).splitlines()
     for sign in "+-":
-        found = {"batches": 5 * [batch], "model": network()}
+        found = {"batches": 5 * [batch], "model": mlp()}
         exec("\n".join(line[2:] for line in lines if not line.startswith(sign)), found)
         assert math.isfinite(found["loss"].item())
         assert bool(hyplora.hyplora_layers(found["model"])) == (sign == "-")
@@ -378,19 +315,22 @@ def test_two_adapters_stand_on_one_base():
         optimizer.step()
         made.append(model(X).detach())
 
-    found = {"model": network(), "tasks": tasks, "train": train}
+    found = {"model": mlp(), "tasks": tasks, "train": train}
     exec(snippet("Two adapters on one base"), found)
     assert torch.equal(found["model"](X), made[0]) and not torch.equal(*made)
 
 
 def test_dpo_starts_from_a_reference_that_shares_the_base(tmp_path, llama):
     trl = pytest.importorskip("trl", reason="pip install trl datasets")
+    import transformers
     from datasets import Dataset
 
     rows = [{"prompt": f"{n} ", "chosen": f"{n + 1}", "rejected": f"{n - 1}"} for n in range(16)]
-    options = dict(output_dir=str(tmp_path), bf16=False, beta=1.0, logging_steps=1)
-    options = trl.DPOConfig(**options, **STEPS | {"save_strategy": "no"})
-    model, tokenizer = model_and_tokenizer(llama)
+    steps = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1)
+    quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    options = trl.DPOConfig(output_dir=str(tmp_path), bf16=False, beta=1.0, **steps, **quiet)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     data = Dataset.from_list(rows)
     arguments = dict(args=options, train_dataset=data, processing_class=tokenizer)
     base = copy.deepcopy(model)
