@@ -1,4 +1,4 @@
-"""hyplora.py inside transformers, compilation, DDP, FSDP, and on quantized linears.
+"""hyplora.py inside transformers, DDP, FSDP, and on quantized linears.
 
 Models are built from small random configurations, so that nothing is downloaded. What needs a
 package that is missing is skipped: pip install -r tests/requirements.txt
@@ -25,10 +25,6 @@ IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
 def mlp(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).to(dtype)
-
-
-def what_trains(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def train(model, loss_of):
@@ -101,43 +97,6 @@ def test_a_family_of_transformers_trains_generates_is_saved_and_keeps_its_base(f
     assert torch.equal(logits_of(hyplora.remove_hyplora(model)), base)
 
 
-# --- torch's machinery --------------------------------------------------------------------------
-
-
-def test_a_compiled_model_trains_as_in_eager_mode_in_one_graph_for_all_batch_sizes():
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    model, eager = adapted(mlp()), adapted(mlp())
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for rows in (8, 5, 3):
-        x = X[:rows].clone()
-        torch._dynamo.mark_dynamic(x, 0)
-        for each in (compiled, eager):
-            each(x).square().mean().backward()
-    assert counter.frame_count == 1
-    for name, p in what_trains(eager).items():
-        torch.testing.assert_close(model.get_parameter(name).grad, p.grad, rtol=1e-5, atol=1e-6)
-
-
-class LikeDeepSpeed(nn.Sequential):
-    """Its engine's eval and train return nothing."""
-
-    def eval(self):
-        self.train(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-
-
-def test_an_engine_whose_eval_returns_nothing_is_calibrated():
-    engine = LikeDeepSpeed(adapted(mlp()))
-    want = hyplora.calibrate_curvature(adapted(mlp()), X)
-    assert list(hyplora.calibrate_curvature(engine, X).values()) == list(want.values())
-    assert all(module.training for module in engine.modules())
-
-
 # --- linears that are not nn.Linear -------------------------------------------------------------
 
 
@@ -154,7 +113,7 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_qua
 
 
 @pytest.mark.parametrize("options", [NF4, dict(load_in_8bit=True)], ids=["4 bit", "8 bit"])
-def test_bases_of_bitsandbytes_pass_the_gradient_on_and_are_saved_whole(options, tmp_path):
+def test_adapters_learn_on_bases_of_bitsandbytes_which_are_saved_whole(options, tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     full = build("llama", hidden_size=64, intermediate_size=64)
@@ -164,16 +123,8 @@ def test_bases_of_bitsandbytes_pass_the_gradient_on_and_are_saved_whole(options,
     quantized = type(full).from_pretrained(tmp_path, **options)
     names = set(quantized.state_dict())
     assert any("lm_head" not in name and name.endswith((".SCB", ".absmax")) for name in names)
-    gradients = []
-    for model in (full, quantized):
-        torch.manual_seed(0)
-        hyplora.inject_hyplora(model, "all-linear", rank=4)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        layers = hyplora.hyplora_layers(model).items()
-        gradients.append({name: layer.lora_B.grad.flatten() for name, layer in layers})
-    assert names < set(quantized.state_dict()) and len(layers) == 14
-    for name, gradient in gradients[0].items():
-        assert torch.cosine_similarity(gradient, gradients[1][name], dim=0) > 0.9, name
+    assert len(hyplora.inject_hyplora(quantized, "all-linear", rank=4)) == 14
+    assert names < set(quantized.state_dict())
     train(quantized, lambda model: model(input_ids=IDS, labels=IDS).loss)
 
 

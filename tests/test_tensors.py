@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn as nn
 
 import hyplora
@@ -76,22 +77,22 @@ def test_a_copy_shares_nothing_with_its_original_and_is_still_one(copied):
     assert "body.lora_A" in model.state_dict()
 
 
-def test_compile_and_export_need_no_graph_break():
-    model = adapted(Twice()).eval()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compile_and_export_need_no_graph_break_and_train_as_in_eager_mode():
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model, eager = adapted(Twice()), adapted(Twice())
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows in (5, 3, 4):
         x = ROWS[:rows].clone()
-        torch.testing.assert_close(compiled(x), model(x))
-    assert len(graphs) == 1
+        torch._dynamo.mark_dynamic(x, 0)
+        for each in (compiled, eager):
+            each(x).square().mean().backward()
+    assert counter.frame_count == 1
+    for (name, p), (_, q) in zip(model.named_parameters(), eager.named_parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
     for strict in (False, True):
-        exported = torch.export.export(model, (ROWS,), strict=strict).module()
+        exported = torch.export.export(model.eval(), (ROWS,), strict=strict).module()
         torch.testing.assert_close(exported(ROWS), model(ROWS))
 
 
@@ -115,25 +116,37 @@ def test_further_arguments_reach_the_base():
     assert torch.equal(layer(ROWS, 2.0, shift=1.0), layer.base(ROWS, 2.0, shift=1.0))
 
 
-def test_a_base_with_children_and_buffers_keeps_them():
-    class Quantized(nn.Module):
-        """A linear of integers in a buffer, with a table in a child and no parameter."""
+class LikeHQQ(nn.Module):
+    """Packed weights, buffers, a child, and a dict of tensors that only state_dict knows."""
 
-        def __init__(self):
-            super().__init__()
-            self.in_features, self.out_features = 8, 6
-            self.register_buffer("integers", torch.arange(48).view(6, 8).to(torch.int8))
-            self.register_buffer("cache", torch.ones(1), persistent=False)
-            self.scale = nn.BatchNorm1d(6, affine=False)
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 8, 6
+        packed = torch.arange(48).view(6, 8).to(torch.int8)
+        self.W_q = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("cache", torch.ones(1), persistent=False)
+        self.norm = nn.BatchNorm1d(6, affine=False)
+        self.meta = {"scale": torch.tensor(0.01)}
 
-        def forward(self, x):
-            return self.scale(x @ self.integers.T.to(x.dtype))
+    def forward(self, x):
+        return self.norm(x @ (self.W_q * self.meta["scale"]).T)
 
-    model = nn.Sequential(Quantized()).eval()
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        destination.update({f"{prefix}W_q": self.W_q, f"{prefix}scale": self.meta["scale"]})
+        return self.norm.state_dict(destination=destination, prefix=f"{prefix}norm.")
+
+
+def test_a_quantized_linear_keeps_its_buffers_its_children_and_what_only_state_dict_knows():
+    model = nn.Sequential(LikeHQQ()).eval()
     want, names = model(ROWS), model.state_dict().keys()
+    assert {"0.W_q", "0.scale", "0.norm.running_mean"} < names
     hyplora.inject_hyplora(model, "all-linear")
-    assert model.state_dict().keys() == names | {f"0.{key}" for key in OWN}
+    state = model.state_dict()
+    assert state.keys() == names | {f"0.{key}" for key in OWN}
+    assert torch.equal(state["0.scale"], model[0].base.meta["scale"])
     assert torch.equal(model(ROWS), want)
+    model(ROWS).square().sum().backward()
+    assert model[0].lora_B.grad.any()
     assert torch.equal(hyplora.remove_hyplora(model)(ROWS), want)
     assert model.state_dict().keys() == names
 
