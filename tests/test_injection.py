@@ -1,7 +1,6 @@
 """What inject_hyplora finds, and what it refuses without a change."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -9,20 +8,7 @@ import torch.nn as nn
 
 import hyplora
 from hyplora import HypLoRALinear
-from test_hyplora import IDS, QV, Toy, adapted, assert_unchanged, snapshot
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [["q_porj"], ["q_proj", "nothing_like_it"], ["embed"], [], [""], "q_proj", [7]],
-    ids=str,
-)
-def test_targets_that_name_no_linear_layer_are_refused_with_those_that_there_are(targets):
-    model, before = Toy(), snapshot(Toy())
-    message = "no layer within" if targets == [] else r"'classifier', 'q_proj', 'v_proj'\], got"
-    with pytest.raises(ValueError, match=message):
-        hyplora.inject_hyplora(model, targets)
-    assert_unchanged(model, before)
+from test_hyplora import IDS, QV, Toy, adapted
 
 
 def test_all_linear_leaves_out_the_head_that_a_model_declares():
@@ -33,39 +19,14 @@ def test_all_linear_leaves_out_the_head_that_a_model_declares():
     assert hyplora.inject_hyplora(model, "all-linear") == QV
 
 
-def test_a_model_that_is_the_layer_itself_or_has_none(tmp_path):
+def test_a_model_that_is_the_layer_itself_or_has_none():
     with pytest.raises(ValueError, match=r"HypLoRALinear\(layer\) wraps a lone one"):
         hyplora.inject_hyplora(nn.Linear(7, 6), "all-linear")
     with pytest.raises(ValueError, match="no layer within the model"):
         hyplora.inject_hyplora(nn.Sequential(nn.ReLU()), "all-linear")
     layer = HypLoRALinear(nn.Linear(7, 6))
-    nn.init.normal_(layer.lora_B)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hyplora.save_hyplora(layer, tmp_path / "layer.pt")
-    assert hyplora.load_hyplora(layer, tmp_path / "layer.pt") == [""]
     assert hyplora.remove_hyplora(layer) is layer.base
     assert set(layer.base.state_dict()) == {"weight", "bias"}
-
-
-class Conv1D(nn.Module):
-    """As in transformers: x W + b, with W of the shape (in, out)."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.ones(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
-def test_weight_of_shape_in_out():
-    model = nn.Sequential(Conv1D(6, 7))
-    assert hyplora.inject_hyplora(model, "all-linear", rank=2) == ["0"]
-    assert (model[0].in_features, model[0].out_features) == (7, 6)
-    assert model(torch.zeros(3, 7)).shape == (3, 6)
 
 
 def test_owners_that_read_the_weight_are_refused_by_name_or_left_out_with_a_warning():

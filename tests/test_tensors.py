@@ -107,15 +107,6 @@ def test_modes_reach_the_base():
     assert not torch.equal(model.train()(ROWS), model(ROWS))
 
 
-def test_further_arguments_reach_the_base():
-    class Scaled(nn.Linear):
-        def forward(self, x, factor, shift=0.0):
-            return factor * super().forward(x) + shift
-
-    layer = hyplora.HypLoRALinear(Scaled(8, 6))
-    assert torch.equal(layer(ROWS, 2.0, shift=1.0), layer.base(ROWS, 2.0, shift=1.0))
-
-
 class LikeHQQ(nn.Module):
     """Packed weights, buffers, a child, and a dict of tensors that only state_dict knows."""
 
