@@ -12,31 +12,19 @@ CHATML = (
     "{{ '</s>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
-SIZES = dict(
-    vocab_size=260,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    bos_token_id=256,
-    eos_token_id=END,
-    pad_token_id=259,
-)
+TOKENS = dict(vocab_size=260, bos_token_id=256, eos_token_id=END, pad_token_id=259)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+SIZES = TOKENS | HEADS | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 GEMMA = SIZES | dict(head_dim=8, sliding_window=16)
 VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+VISION |= dict(image_size=28, patch_size=14)
 FAMILIES = {
     "llama": SIZES,
     "mistral": SIZES | dict(sliding_window=16),
     "qwen2": SIZES,
     "qwen3": SIZES | dict(head_dim=8),
     "gemma3_text": GEMMA,
-    "gemma3": dict(
-        text_config=GEMMA,
-        vision_config=VISION | dict(image_size=28, patch_size=14),
-        mm_tokens_per_image=4,
-    ),
+    "gemma3": dict(text_config=GEMMA, vision_config=VISION, mm_tokens_per_image=4),
     # Learned positions, biases, layers that store their weight transposed: impossible before.
     "gpt2": dict(
         vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=2048, eos_token_id=END
@@ -58,12 +46,9 @@ def byte_tokenizer(chat_template=None, puts_end=False):
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=list(SPECIAL.items())
     )
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template=chat_template,
+        tokenizer_object=tokenizer, chat_template=chat_template, **names
     )
 
 

@@ -1,7 +1,4 @@
-"""What scaling/ reads (records, prompts, its own options), and how it scores.
-
-pip install transformers
-"""
+"""What scaling/ reads (records, prompts, its own options), and how it scores."""
 
 import argparse
 import json
@@ -92,22 +89,14 @@ def test_the_alpaca_text_begins_once_and_ends_once(puts_end):
 
 def test_the_end_tokens_are_the_generation_configs(tmp_path):
     folder = Path(write_folder(tmp_path / "model", chat_template=NO_SYSTEM))
-    args = parse(f"--checkpoint {folder}")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, TURN]}))
-    prompts = read_prompts(args)
+    prompts = read_prompts(parse(f"--checkpoint {folder}"))
     assert prompts.stop == [END, TURN] and prompts.end == TURN and prompts.template == "chat"
-    (folder / "generation_config.json").unlink()
-    assert read_prompts(args).stop == [END]
-    args.recipe = "paper"
-    assert read_prompts(args).template == "chat-alpaca"  # as the authors ask Llama 3
-    args.checkpoint = str(tmp_path / "nowhere")
-    with pytest.raises(SystemExit, match="nowhere is no folder"):
-        read_prompts(args)
 
 
 def read(tmp_path, text, **settings):
     path = tmp_path / "data.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_bytes(text.encode())
     return read_records(str(path), prompts_of("alpaca", None), **settings)
 
 
@@ -123,8 +112,6 @@ def test_lists_and_lines_are_read_as_utf8(mark, newline, tmp_path):
 def test_what_is_not_json_ends_the_run_with_its_position(tmp_path):
     messages = {"[{}]\n[{}]": "no JSON list and no JSON lines: .*Extra data"}
     messages['{"a": 1}\n{"a": 2}\n{"a"'] = "record 3: .*delimiter"
-    messages[json.dumps(record(1), indent=1)] = "no JSON list and no JSON lines: record 1"
-    messages[b"\xff\xfe"] = "can't decode"
     messages["[]"] = "no usable record"
     for text, message in messages.items():
         with pytest.raises(SystemExit, match=message):
@@ -153,30 +140,23 @@ def test_long_records_are_cut_and_what_teaches_nothing_is_left_out(tmp_path, cap
         kept = read(tmp_path, text, training=parse(more))
         assert [len(r.target_ids) for r in kept] == lengths
         assert f"2 records, {lengths.count(9) or 2} of them cut" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no usable record"):
-        read(tmp_path, text, training=parse(f"--cutoff {room}"))
 
 
-def test_the_papers_recipe_and_what_overrides_it():
+def test_the_recipes_are_the_authors():
     args = parse("--recipe paper --rank 4")
     assert (args.rank, args.targets[0], args.targets[-1]) == (4, "q_proj", "down_proj")
     assert (args.lr, args.warmup_steps, args.batch_size, args.epochs) == (3e-4, 100, 16, 3)
     assert (args.cutoff, args.loss_on, args.dropout, args.seed) == (256, "all", 0.05, 42)
     assert (args.curvature, args.beams, args.max_new_tokens) == ([math.inf, 1.0], 4, 512)
     assert parse("--recipe paper-commonsense").max_new_tokens == 32
-
-
-def test_the_recipes_alphas_are_the_authors():
     for recipe, qwen2 in (("paper", 128), ("paper-commonsense", 256)):
         args = parse(f"--recipe {recipe}")
         alphas = {"llama": 128, "qwen2": qwen2, "gemma": 128, "gemma3": 32, "gemma3_text": 32}
         for family, alpha in alphas.items():
             assert finetune.choose_alpha(args, family, 1.0) == alpha
             assert finetune.choose_alpha(args, family, math.inf) == 64
-        with pytest.raises(SystemExit, match="no alpha for mistral: give --alpha"):
-            finetune.choose_alpha(args, "mistral", 1.0)
-        assert finetune.choose_alpha(parse(f"--recipe {recipe} --alpha 5"), "mistral", 1.0) == 5
-    assert finetune.choose_alpha(parse(), "llama", 1.0) == 16
+    with pytest.raises(SystemExit, match="no alpha for mistral: give --alpha"):
+        finetune.choose_alpha(args, "mistral", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -201,27 +181,6 @@ def test_the_trainable_share_is_the_papers(family, percent, sizes):
     assert f"{finetune.share_of(model)['share %']:.2f}" == percent
 
 
-def test_options_that_clash_say_what_to_do(capsys):
-    messages = {"--data x": "--checkpoint", "--checkpoint m": "either train with --data"}
-    messages["--checkpoint m --score-only a --data x"] = "either train with --data"
-    messages["--checkpoint m --score-only a"] = "need --eval"
-    messages["--checkpoint m --data x --predictions p"] = "need --eval"
-    messages["--checkpoint m --data x --shard"] = "torchrun"
-    for line, message in messages.items():
-        with pytest.raises(SystemExit):
-            finetune.parse_arguments(line.split())
-        assert message in capsys.readouterr().err
-
-
-def test_what_the_layers_cannot_be_is_said_before_anything_is_trained(llama, tmp_path):
-    argv = ["--checkpoint", llama, "--data", write_sums(tmp_path / "sums.json"), "--steps", "1"]
-    argv += ["--device", "cpu", "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="rank >= 1.*got"):
-        finetune.main([*argv, "--rank", "0"])
-    with pytest.raises(ValueError, match="list of names.*'q_proj'.*got .'query'"):
-        finetune.main([*argv, "--targets", "query"])
-
-
 def test_without_transformers_there_is_one_line_and_the_rules_still_work():
     code = "import sys; sys.modules['transformers'] = None\n"
     code += "from scaling.scoring import is_right; print(is_right('It is 5.', 5))\n"
@@ -231,36 +190,26 @@ def test_without_transformers_there_is_one_line_and_the_rules_still_work():
     assert done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "output, answer, right",
-    [
-        ("5 and 7 make 12. The answer is 1,200.", "1200.0", True),
-        ("12, or rather 13", "12", False),
-        ("no number", "12", False),
-        ("0.3334", "0.333", True),
-        ("0.335", "0.333", False),
-        ("It falls by -3.5", "-3.5", True),
-        ("(B) or (C)", "B", True),
-        ("A guess. The answer is (D).", "D", False),  # The rule takes the A of the first word.
-        ("not false but true", "true", False),
-        ("It is Solution2.", "solution2", True),
-        ("answer3 rather than answer1", "answer1", False),
-        ("an answer12 and TRUE", "answer1", True),  # A word is found inside others.
-        ("nothing", "option2", False),
-    ],
-)
-def test_the_rules(output, answer, right):
-    assert is_right(output, answer) is right
+RULES = [
+    ("5 and 7 make 12. The answer is 1,200.", "1200.0", True),
+    ("12, or rather 13", "12", False),
+    ("0.3334", "0.333", True),
+    ("It falls by -3.5", "-3.5", True),
+    ("(B) or (C)", "B", True),
+    ("A guess. The answer is (D).", "D", False),  # The rule takes the A of the first word.
+    ("not false but true", "true", False),
+    ("It is Solution2.", "solution2", True),
+    ("an answer12 and TRUE", "answer1", True),  # A word is found inside others.
+]
+RELEASED = {"(A) or (C)": "C", r"\boxed{B} (C)": "B", r"\boxed{\text{(E)}}": "E", "Option D": "D"}
 
 
-def test_the_released_rule_for_letters():
-    right = {"(A) or (C)": "C", r"\boxed{B} (C)": "B", r"\boxed{\text{(E)}}": "E", "Option D": "D"}
-    for output, letter in (right | {"A? The answer is: C": "C"}).items():
-        assert is_right(output, letter, letters="released")
+def test_the_rules_and_what_none_of_them_could_score():
+    for output, answer, right in RULES:
+        assert is_right(output, answer) is right, output
+    for output, letter in (RELEASED | {"A? The answer is: C": "C"}).items():
+        assert is_right(output, letter, letters="released"), output
     assert not is_right("A", "A", letters="released")
-
-
-def test_an_answer_that_nobody_could_score_is_refused():
     for answer in ("", "maybe", "F", "a", "nan", "inf", "1/2", "12 apples", "answer6"):
         with pytest.raises(ValueError, match="cannot be scored"):
             pattern_of(answer)
@@ -290,73 +239,52 @@ def test_greedy_means_greedy_and_answers_come_back_in_order(family, tmp_path):
             ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
         assert answer == prompts.decode(ids[len(record.prompt_ids) :])
     assert len(set(answers)) > 1
-    args.beams = 3
-    together = scoring.generate_answers(model, records, prompts, args, "")
-    for record, answer in zip(records, together):
-        assert scoring.generate_answers(model, [record], prompts, args, "") == [answer]
 
 
-def test_batches_have_few_tokens(beams=4):
+def test_batches_have_few_tokens():
     """A model and a tokenizer that only write down what they are given."""
     seen = []
     model = argparse.Namespace(eval=lambda: None)
     model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
     prompts = argparse.Namespace(stop=[END], end=END, decode=lambda row: "")
-    args = argparse.Namespace(max_new_tokens=100, beams=beams, device="cpu")
-    lengths = [20, 9000, 30, 900, 700] + 80 * [50]
-    records = [Record(1, [7] * length, [], "") for length in lengths]
+    args = argparse.Namespace(max_new_tokens=100, beams=4, device="cpu")
+    records = [Record(1, [7] * length, [], "") for length in (20, 9000, 900, *80 * [50])]
     scoring.generate_answers(model, records, prompts, args, "")
-    assert sum(len(ids) for ids in seen) == 85 and seen[0].shape == (1, 9000)
+    assert sum(len(ids) for ids in seen) == 83 and seen[0].shape == (1, 9000)
     for ids in seen:
-        assert len(ids) == 1 or len(ids) * (ids.shape[1] + 100) * beams <= 16384
-    assert max(len(ids) for ids in seen) > 60 / beams
+        assert len(ids) == 1 or len(ids) * (ids.shape[1] + 100) * 4 <= 16384
+    assert max(len(ids) for ids in seen) > 15
 
 
 def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path):
     folder = write_folder(tmp_path / "model", chat_template=CHATML)
-    tests = []
-    for name in ("gsm8k", "SVAMP"):
-        (tmp_path / name).mkdir()
-        tests.append(write_sums(tmp_path / name / "test.json", count=4))
+    sums = write_sums(tmp_path / "SVAMP.json", count=4)
     words = tmp_path / "boolq.json"
     words.write_text(json.dumps([{"instruction": "Is it?", "input": "", "answer": True}] * 2))
     said = tmp_path / "said.jsonl"
-    scored = ["--eval", *tests, str(words), "--predictions", str(said), "--max-new-tokens", "3"]
+    scored = ["--eval", sums, str(words), "--predictions", str(said), "--max-new-tokens", "3"]
     argv = ["--checkpoint", folder, "--device", "cpu", *scored]
     train = ["--data", write_sums(tmp_path / "sums.json"), "--steps", "20", "--lr", "1e-2"]
-    out = tmp_path / "out"
-    more = ["--template", "alpaca", "--out", str(out), "--curvature", "0.5"]
+    more = ["--template", "alpaca", "--out", str(tmp_path / "out"), "--curvature", "0.5"]
     base, adapted = finetune.main([*argv, *train, *more])
-    sets = [f"% {path.removesuffix('.json')}" for path in (*tests, str(words))]
-    columns = [*sets, "M.AVG", "AVG"]
+    columns = [*(f"% {path.removesuffix('.json')}" for path in (sums, str(words))), "M.AVG", "AVG"]
     assert list(base) == ["adapter", "trainable", "share %", "loss", *columns]
     lines = [json.loads(line) for line in said.read_text().splitlines()]
-    assert len(lines) == 2 * (4 + 4 + 2)
-    assert [line["record"] for line in lines[:5]] == [1, 2, 3, 4, 1]
+    assert [line["record"] for line in lines] == [1, 2, 3, 4, 1, 2] * 2
     assert lines[-1]["answer"] == "true" and lines[-1]["adapter"] == "HypLoRA-0.5"
-    adapter = str(out / "HypLoRA-0.5.pt")
-    (only,) = finetune.main([*argv, "--score-only", adapter])
-    again = [json.loads(line)["output"] for line in said.read_text().splitlines()]
+    again = [*argv, "--score-only", str(tmp_path / "out" / "HypLoRA-0.5.pt")]
+    (only,) = finetune.main(again)
     outputs = [line["output"] for line in lines]
-    assert again == outputs[10:] != outputs[:10]
+    repeated = [json.loads(line)["output"] for line in said.read_text().splitlines()]
+    assert repeated == outputs[6:] != outputs[:6]
     assert {column: only[column] for column in columns} == {c: adapted[c] for c in columns}
-    with pytest.raises(SystemExit, match="was trained with --template alpaca: leave it out"):
-        finetune.main([*argv, "--score-only", adapter, "--template", "chat"])
+    finetune.main([*again, "--dtype", "bfloat16"])  # the same base
     other = write_folder(tmp_path / "other", seed=1)
-    with pytest.raises(SystemExit, match="was trained on another base"):
-        finetune.main([*argv, "--score-only", adapter, "--checkpoint", other])
-    (out / "options.json").unlink()
-    with pytest.raises(SystemExit, match="options.json"):
-        finetune.main([*argv, "--score-only", adapter])
-
-
-def test_the_fingerprint_knows_another_base_and_not_another_dtype(llama):
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama).bfloat16()
-    before = finetune.fingerprint(model)
-    assert finetune.fingerprint(model.float()) == before
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight += 0.1
-    assert finetune.fingerprint(model) != before
+    refused = {"was trained with --template alpaca: leave it out": ["--template", "chat"]}
+    refused["was trained on another base"] = ["--checkpoint", other]
+    for message, more in refused.items():
+        with pytest.raises(SystemExit, match=message):
+            finetune.main([*again, *more])
 
 
 def test_a_folder_that_lacks_a_tensor_ends_the_run(tmp_path):

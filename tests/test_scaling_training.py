@@ -1,7 +1,4 @@
-"""Training in scaling/: families, resuming, several processes, and what a run's folder keeps.
-
-pip install transformers
-"""
+"""Training in scaling/: families, resuming, several processes, and what a run's folder keeps."""
 
 import json
 import os
@@ -12,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="pip install transformers")
 
@@ -50,52 +46,30 @@ def assert_near(some, others, tolerance=1e-4):
 def test_a_family_learns_and_its_loss_is_that_of_the_model_itself(family, tmp_path):
     """The loss is compared with transformers' own labels=, one record at a time, no padding."""
     folder = write_folder(tmp_path / "model", family)
-    argv = options(folder, tmp_path, "out", "--steps", "6", "--loss-on", "all")
+    argv = options(folder, tmp_path, "out", "--steps", "6")
     base, trained = finetune.main(argv)
     assert trained["loss"] < base["loss"] - 0.01
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    total = 0.0
-    count = 0
+    total, count = 0.0, 0
     for record in json.loads((tmp_path / "sums.json").read_text()):
-        text = ALPACA.format(instruction=record["instruction"], input="") + record["output"]
-        ids = torch.tensor([tokenizer(f"{text}</s>")["input_ids"]])
+        prompt = ALPACA.format(instruction=record["instruction"], input="")
+        ids = torch.tensor([tokenizer(f"{prompt}{record['output']}</s>")["input_ids"]])
+        labels = ids.clone()
+        labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+        targets = (labels != -100).sum().item()
         with torch.no_grad():
-            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
+            total += model(input_ids=ids, labels=labels).loss.item() * targets
+        count += targets
     assert base["loss"] == pytest.approx(total / count, rel=1e-4)
     names = load_hyplora(model, str(tmp_path / "out" / "HypLoRA-0.5.pt"))
     assert not any("vision" in name for name in names) and "lm_head" not in names
 
 
-def test_the_loss_of_an_answer_alone_needs_its_logits_alone(llama, tmp_path, monkeypatch):
-    """Rows of other lengths: the sum of losses is that of each row by itself."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
-    draw = torch.Generator().manual_seed(0)
-    records = []
-    alone = 0.0
-    for n, m in ((50, 3), (52, 2), (51, 4)):
-        ids = torch.randint(0, 250, (1, n + m), generator=draw)
-        records.append(Record(1, ids[0, :n].tolist(), ids[0, n:].tolist(), ""))
-        logits = model(input_ids=ids).logits[0, n - 1 : -1]
-        alone += F.cross_entropy(logits, ids[0, n:], reduction="sum").item()
-    shapes = []
-    model.lm_head.register_forward_hook(lambda head, x, out: shapes.append(tuple(out.shape)))
-    args = finetune.parse_arguments(options(llama, tmp_path, "out"))
-    batch = training.make_batch(records, args)
-    assert training.summed_loss(model, batch).item() == pytest.approx(alone, rel=1e-5)
-    assert (batch[2] != training.IGNORE).sum() == 3 + 2 + 4 and shapes == [(3, 5, 260)]
-    # Of four processes, the last has no record of its own.
-    monkeypatch.setattr(training, "PROCESSES", 4)
-    losses = []
-    for rank in range(4):
-        monkeypatch.setattr(training, "RANK", rank)
-        losses.append(training.summed_loss(model, training.share_batch(records, args)).item())
-    assert sum(losses) == pytest.approx(alone, rel=1e-5) and losses[3] == 0
-
-
 def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeypatch):
     """A process of another rank draws other random numbers in the same step."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    inject_hyplora(model, ["q_proj"])
     seen = []
     loss = training.summed_loss
     monkeypatch.setattr(training, "summed_loss", lambda *a: seen.append(torch.rand(1)) or loss(*a))
@@ -110,8 +84,6 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     records = [Record(i, [1, 2], [i], "") for i in range(10)]
     for rank in (0, 0, 1):
         monkeypatch.setattr(training, "RANK", rank)
-        model = transformers.AutoModelForCausalLM.from_pretrained(llama)
-        inject_hyplora(model, ["q_proj"])
         training.train(model, args, "x", records)
     assert rates[:8] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])
     assert len(set(seen[:8])) == 8 and seen[:8] == seen[8:16] != seen[16:]
@@ -119,11 +91,13 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     for first in (0, 2):
         steps = [training.records_of_step(records, first + i, args) for i in range(2)]
         epochs.append([record.position for record in steps[0] + steps[1]])
-        assert len(steps[1]) == 4 and sorted(epochs[-1]) == list(range(10))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1] != list(range(10))
 
 
-def test_calibration_leaves_padding_out(llama, tmp_path, monkeypatch, capsys):
+def test_calibration_leaves_padding_out_and_the_loss_the_logits_of_prompts(
+    llama, tmp_path, monkeypatch, capsys
+):
     """The unit of down_proj is the median over what it sees of the records one by one."""
     monkeypatch.setattr(training, "train", lambda *arguments: None)
     argv = options(llama, tmp_path, ".", "--steps", "1", "--targets", "layers.1.mlp.down_proj")
@@ -140,34 +114,32 @@ def test_calibration_leaves_padding_out(llama, tmp_path, monkeypatch, capsys):
     for record in records:
         model(input_ids=torch.tensor([record.prompt_ids + record.target_ids])[:, :-1])
     assert layer.lora_unit.item() == pytest.approx(torch.cat(lengths).median().item())
+    shapes = []
+    model.lm_head.register_forward_hook(lambda head, x, out: shapes.append(tuple(out.shape)))
+    records = [Record(1, n * [5], m * [6], "") for n, m in ((50, 3), (52, 2), (51, 4))]
+    training.summed_loss(model, training.make_batch(records, args))
+    assert shapes == [(3, 5, 260)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, None])
 def test_stopped_and_resumed_it_ends_bit_for_bit_where_a_straight_run_does(
-    number, llama, tmp_path, monkeypatch, capsys
+    llama, tmp_path, monkeypatch, capsys
 ):
-    """A signal in step 5, or a crash, which loses what came after the state of step 4."""
-    monkeypatch.setattr(training, "SAVE_STEPS", 4)
     more = ["--steps", "9", "--dropout", "0.1"]
     finetune.main(options(llama, tmp_path, "straight", *more, "--gradient-checkpointing"))
     argv = options(llama, tmp_path, "out", *more)
     records_of_step = training.records_of_step
 
     def stop(records, step, args):
-        if step == 5 and number is None:
-            raise RuntimeError("crash")
         if step == 5:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         return records_of_step(records, step, args)
 
-    with monkeypatch.context() as patch, pytest.raises((SystemExit, RuntimeError), match="1|crash"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
         patch.setattr(training, "records_of_step", stop)
         finetune.main(argv)
-    state = torch.load(tmp_path / "out" / "state-HypLoRA-0.5.pt", weights_only=True)
-    assert state["step"] == (4 if number is None else 6)
+    assert "with --resume goes on" in capsys.readouterr().out
     finetune.main([*argv, "--resume"])
-    said = capsys.readouterr().out
-    assert "going on from step" in said and (number is None) != ("with --resume goes on" in said)
+    assert "going on from step 6" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_near(tensors(tmp_path / "straight"), tensors(tmp_path / "out"), tolerance=0)
 
@@ -175,7 +147,6 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_where_a_straight_run_does(
 def test_a_full_disk_and_a_nan_loss_leave_the_last_state_whole(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_STEPS", 2)
     argv = options(llama, tmp_path, "out", "--steps", "4")
-    state = tmp_path / "out" / "state-HypLoRA-0.5.pt"
     rename = os.replace
 
     def fill_the_disk(old, new):
@@ -185,7 +156,7 @@ def test_a_full_disk_and_a_nan_loss_leave_the_last_state_whole(llama, tmp_path, 
     monkeypatch.setattr(training.os, "replace", fill_the_disk)
     with pytest.raises(SystemExit, match="No space left on device. What was saved before is whole"):
         finetune.main(argv)
-    assert torch.load(state, weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "out/state-HypLoRA-0.5.pt", weights_only=True)["step"] == 2
     with pytest.raises(SystemExit, match="lower --lr"):
         finetune.main([*options(llama, tmp_path, "nan", "--steps", "4"), "--lr", "1e30"])
 
@@ -205,9 +176,8 @@ def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, capsy
     for name, more in (("lr", ["--lr", "1e-3"]), ("base", ["--checkpoint", other])):
         with pytest.raises(SystemExit, match=rf"can't be resumed, as \['{name}'\] changed"):
             finetune.main([*argv, "--resume", *more])
-    scoring = ["--eval", write_sums(tmp_path / "t.json", 3), "--max-new-tokens", "3"]
-    rows = finetune.main([*argv, "--resume", *scoring, "--beams", "2"])
-    assert "going on from step 2" in capsys.readouterr().out and "M.AVG" in rows[1]
+    finetune.main([*argv, "--resume"])
+    assert "going on from step 2" in capsys.readouterr().out
     write_sums(tmp_path / "sums.json", first=3)
     with pytest.raises(SystemExit, match=r"can't be resumed, as \['data'\] changed"):
         finetune.main([*argv, "--resume"])
@@ -215,30 +185,27 @@ def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, capsy
 
 def test_what_cannot_be_written_is_found_before_the_training(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("too late"))
-    (tmp_path / "file").write_text("")
     said = ["--eval", write_sums(tmp_path / "t.json", 3), "--predictions", "/nowhere/said.jsonl"]
-    for out, more in (("file", []), ("out", said)):
-        with pytest.raises(SystemExit, match=r"/file'|/nowhere/said.jsonl"):
+    for out, more in (("t.json", []), ("out", said)):
+        with pytest.raises(SystemExit, match=r"/t.json'|/nowhere/said.jsonl"):
             finetune.main(options(llama, tmp_path, out, *more))
 
 
 def test_processes_of_a_scheduler_alone_are_refused(monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{name} is 2, but"):
-            patch.setenv(name, "2")
-            training.start_processes(torch.device("cpu"))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(SystemExit, match="SLURM_STEP_NUM_TASKS is 2, but"):
+        training.start_processes(torch.device("cpu"))
 
 
 PAIR = """
 import json
 import signal
 import sys
-import torch
 import torch.distributed as dist
 from scaling import finetune, training
 
 dist.destroy_process_group = lambda: None  # All runs share these two processes.
-runs, stopped, untied = json.loads(sys.argv[1])
+runs, stopped = json.loads(sys.argv[1])
 for argv in runs:
     finetune.main(argv)
 
@@ -256,56 +223,40 @@ except SystemExit as ended:
 training.records_of_step = records_of_step
 finetune.main([*stopped, "--resume"])
 
-args = finetune.parse_arguments(untied)
-base = finetune.load_base(args)
-ids = torch.arange(8)[None]
-expected = base(input_ids=ids).logits if base else None
+args = finetune.parse_arguments(stopped)
 model = finetune.place(finetune.load_base(args), args)
-logits = model(input_ids=ids).logits
-difference = (expected - logits).abs().max().item() if base else 0
 share = sum(p.to_local().numel() for p in model.parameters())
-print("share", share, sum(p.numel() for p in model.parameters()), difference, flush=True)
+print("share", share, sum(p.numel() for p in model.parameters()), flush=True)
 """
 
 
 def test_two_processes_replicated_and_sharded_agree_with_one(tmp_path):
-    """Sums are taken in another order: 1e-4 of a tensor's norm after six steps.
-
-    One pair of processes trains two families in both layouts, is stopped by SIGTERM and goes on,
-    and at last has a model whose config says that the head is tied while the weights say it is not.
-    """
+    """Sums are taken in another order: 1e-4 of a tensor's norm after six steps."""
     tests = ["--eval", write_sums(tmp_path / "t.json", 3), "--max-new-tokens", "3"]
     runs = []
     rows = {}
     for family in ("llama", "gemma3"):
         folder = write_folder(tmp_path / family, family)
-        more = ["--steps", "6", *tests]
+        # The fourth step of 13 has one record, of which a second process has none.
+        more = ["--steps", "6", "--batch-size", "13", *tests]
         rows[family] = finetune.main(options(folder, tmp_path, f"{family}-one", *more))[1]
         for layout in ([], ["--shard"]):
-            out = f"{family}{len(layout)}"
-            said = ["--predictions", str(tmp_path / f"{out}.jsonl")]
-            runs.append(options(folder, tmp_path, out, *more, *said, *layout))
-    stopped = options(str(tmp_path / "llama"), tmp_path, "stopped", "--steps", "6", "--shard")
-    untied = Path(write_folder(tmp_path / "untied", "gemma3_text", tie_word_embeddings=False))
-    config = json.loads((untied / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (untied / "config.json").write_text(json.dumps(config))
+            runs.append(options(folder, tmp_path, f"{family}{len(layout)}", *more, *layout))
+    stopped = options(str(tmp_path / "llama"), tmp_path, "stopped", *more, "--shard")
     program = tmp_path / "pair.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PAIR}")
-    jobs = json.dumps([runs, stopped, options(str(untied), tmp_path, "none", "--shard")])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-W", "ignore", *torchrun, str(program), jobs]
+    command = [sys.executable, "-W", "ignore", *torchrun, str(program), json.dumps([runs, stopped])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for family, row in rows.items():
         for out in (f"{family}0", f"{family}1"):
             assert_near(tensors(tmp_path / f"{family}-one"), tensors(tmp_path / out))
-            assert len((tmp_path / f"{out}.jsonl").read_text().splitlines()) == 6
         cells = [f"{row[name]:.4g}" for name in ("share %", "loss")]
         assert done.stdout.count(f"| HypLoRA-0.5 | {row['trainable']} | {' | '.join(cells)} |") >= 2
     assert "HypLoRA-0.5: going on from step 4" in done.stdout
     assert_near(tensors(tmp_path / "llama-one"), tensors(tmp_path / "stopped"), 1e-3)
     shares = [line.split() for line in done.stdout.splitlines() if line.startswith("share ")]
     assert int(shares[0][1]) + int(shares[1][1]) == int(shares[0][2])
-    for share in shares:
-        assert int(share[1]) < 0.52 * int(share[2]) and float(share[3]) < 1e-4
+    assert all(int(share[1]) < 0.52 * int(share[2]) for share in shares)
