@@ -203,8 +203,8 @@ class HypLoRALinear(nn.Module):
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # 4-bit
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # A quantized base adds more.
+        self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(self, *args):
         self.base._load_from_state_dict(*args)
@@ -255,7 +255,7 @@ def find_linear_layers(model, targets):
         if missing or isinstance(targets, str):
             here = sorted({name.rpartition(".")[2] for name in linears})
             raise ValueError(f"targets must be a list of names out of {here}, got {targets!r}")
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # They read a weight alone.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # These never call their layers.
     unused = [name for name in names if isinstance(modules[name.rpartition(".")[0]], readers)]
     if unused and targets != "all-linear":
         raise ValueError(f"these can't be adapted, as their owner reads the weight alone: {unused}")

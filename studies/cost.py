@@ -112,9 +112,6 @@ CONTENDERS = {
 }
 
 
-CURVATURES = {OURS: math.inf, "HypLoRA": 0.5, "HypLoRA, kernels": 0.5}
-
-
 class Contender:
     """A model with its adapters and optimizer. engine: what runs it, such as DDP."""
 
@@ -288,15 +285,10 @@ def in_processes(name, shape, is_spread):
         return Contender(model, engine)
     whole = None
     if RANK == 0:  # It alone has the whole model, on its host. Numbers do not matter, only sizes.
-        whole = with_ours(build(shape, "meta").to_empty(device="cpu"), CURVATURES[name])
+        whole = CONTENDERS[name](build(shape, "meta").to_empty(device="cpu"))
         for tensor in whole.state_dict().values():
             tensor.fill_(0.01)
-    model = spread(whole, torch.device(DEVICE))
-    if name == "HypLoRA, kernels":
-        from scaling.kernels import use_kernels
-
-        use_kernels(model)
-    return Contender(model)
+    return Contender(spread(whole, torch.device(DEVICE)))
 
 
 def measure_processes(args):

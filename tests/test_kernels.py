@@ -3,7 +3,6 @@ to be chosen before the kernels are imported."""
 
 import copy
 import math
-import os
 import pickle
 from unittest.mock import Mock
 
@@ -12,8 +11,6 @@ import torch
 import torch.nn as nn
 from torch.distributed.fsdp import fully_shard
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
 
 import hyplora
