@@ -44,6 +44,23 @@ def mean_and_interval(values, digits=4):
     return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
+def two_way_interval(differences, counts, level=0.95, draws=10000):
+    """(mean, low, high) of a difference per token, by a bootstrap over seeds and over records.
+
+    differences: (seeds, records), each summed over a record's tokens. counts: (records,), of tokens.
+    """
+    differences = np.asarray(differences, dtype=float)
+    generator = np.random.default_rng(0)
+    n_seeds, n_records = differences.shape
+    seeds = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
+    records = generator.multinomial(n_records, [1 / n_records] * n_records, size=draws)
+    totals = (seeds @ differences * records).sum(axis=1)
+    low, high = np.quantile(
+        totals / (n_seeds * records @ counts), [0.5 - level / 2, 0.5 + level / 2]
+    )
+    return differences.sum() / (n_seeds * np.sum(counts)), low, high
+
+
 def median_and_quartiles(values, digits=2):
     """The median of numbers, and between what the middle half of them lies."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
