@@ -7,12 +7,14 @@ of JSON lines, run by run, so that the same command goes on where it was stopped
     python -m studies.comparison --models SmolLM2 Gemma --data FOLDER --out comparison.jsonl
     python -m studies.comparison --table comparison.jsonl --results RESULTS.md --assets assets
 
-Several processes share a GPU; each trains the seeds of a setting in turns, a CUDA graph for each.
+Several processes share a GPU, where a step of training is one CUDA graph.
 """
 
 import argparse
 import copy
+import datetime
 import functools
+import gc
 import itertools
 import json
 import math
@@ -22,10 +24,11 @@ import re
 import statistics
 import threading
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import torch.nn as nn
@@ -36,6 +39,7 @@ import hyplora
 from scaling.scoring import is_right
 from scaling.training import IGNORE
 from studies.authors import authors_update, simplified_update
+from studies.tables import machine, markdown, mean_and_spread, two_way_interval, write_section
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -103,10 +107,12 @@ def read_task(task, model, folder):
 
 # --- The methods --------------------------------------------------------------------------------
 #
-# "control of M" is LoRA whose alpha is multiplied, layer by layer, by the median phi of M.
+# Each of these is HypLoRA or a layer of the authors'. "control of M" is LoRA whose alpha is
+# multiplied, layer by layer, by the median phi of M.
 
 HYPERBOLIC = {
     "HypLoRA": dict(curvature=0.5),  # as README says: the median unit, and K learns
+    "HypLoRA, own alpha": dict(curvature=0.5),
     "HypLoRA, 1.0": dict(curvature=1.0),
     "HypLoRA, raw K = 0.5": dict(curvature=0.5, unit=1.0),
     "HypLoRA, radius 1": dict(curvature=1.0, learns=False),
@@ -118,6 +124,11 @@ HYPERBOLIC = {
     "authors' simplified": dict(curvature=0.5),
 }
 AUTHORS = {"authors' hyplora": 128, "authors' simplified": 256}  # the alpha of their scripts
+TIERS = {
+    1: ["HypLoRA", "DoRA"],
+    2: ["HypLoRA, 1.0", "HypLoRA, raw K = 0.5", *AUTHORS, "HypLoRA, own alpha"],
+    3: [name for name in HYPERBOLIC if "radius" in name],
+}
 
 
 class AuthorsLinear(hyplora.HypLoRALinear):
@@ -134,12 +145,13 @@ class AuthorsLinear(hyplora.HypLoRALinear):
         return out + (self.scaling * update).to(out.dtype)
 
 
-def adapt(model, job, inputs):
-    """Add the adapters of a job to a frozen model, in place."""
-    method, alpha = job["method"], job["alpha"]
+def adapt(model, setting, inputs):
+    """Add the adapters of a setting to a frozen model, in place."""
+    method = setting["method"]
+    alpha = setting["alpha"]
     targets = ["down_proj"] if "down alone" in method else TARGETS
     if method not in HYPERBOLIC:
-        alphas = {name: alpha * factor for name, factor in job["factors"].items()}
+        alphas = {name: alpha * factor for name, factor in setting["factors"].items()}
         options = dict(r=LORA_RANK, lora_alpha=alpha, alpha_pattern=alphas, lora_dropout=0.0)
         options["use_dora"] = method == "DoRA"
         peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options))
@@ -248,16 +260,16 @@ def score(model, records):
 
 
 class Run:
-    """An adapter in training. On a GPU a step is a CUDA graph, on a stream of its own."""
+    """An adapter in training. On a GPU a step is the replay of a CUDA graph."""
 
-    def __init__(self, job, seed, records):
-        base = load(job["model"])
+    def __init__(self, setting, seed, records):
+        base = load(setting["model"])
         shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
         self.model = copy.deepcopy(base, shared)
         rows = [(r.question, r.choices[r.right]) for r in records["train"]]
         ids = collate(rows[: 2 * BATCH])[0]
         self.inputs = dict(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False)
-        adapt(self.model, job, self.inputs)
+        adapt(self.model, setting, self.inputs)
         generator = torch.Generator(DEVICE).manual_seed(seed)
         for name, p in self.model.named_parameters():
             if "lora_A" in name:  # All methods start from the same A, drawn as LoRA's is.
@@ -266,12 +278,8 @@ class Run:
         self.lr = torch.zeros((), device=DEVICE)
         on_gpu = dict(fused=True, capturable=True) if DEVICE == "cuda" else {}
         self.optimizer = torch.optim.AdamW(self.trained, self.lr, weight_decay=0.0, **on_gpu)
-        self.batches = draw_batches(rows, job["steps"], seed)
+        self.batches = draw_batches(rows, setting["steps"], seed)
         self.batch = [part.clone() for part in self.batches[0]]
-        self.stream = None
-        self.run_step = self.step
-        if DEVICE == "cuda":
-            self.capture()
 
     def step(self):
         losses_of(self.model, self.batch, "mean").backward()
@@ -279,82 +287,69 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def capture(self):
-        """Make run_step the replay of a CUDA graph of step."""
-        self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.step()  # The rate is 0 so far, so that this moves nothing but the moments.
+    def graph_of_a_step(self):
+        """A CUDA graph of step, which reads what self.batch and self.lr hold when it runs."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()  # The rate is 0 so far, so that this moves nothing but the moments.
+        torch.cuda.synchronize()
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph):
             self.step()
-        self.run_step = graph.replay
+        return graph
 
-    def advance(self, number, lr):
-        """Do the step of this number."""
-        with torch.cuda.stream(self.stream):
-            self.lr.fill_(lr)
-            for part, new in zip(self.batch, self.batches[number]):
+    def train(self, rate):
+        """All steps: a tenth of warm-up, then linearly to 0."""
+        step = self.graph_of_a_step().replay if DEVICE == "cuda" else self.step
+        steps = len(self.batches)
+        warmup = steps // 10 + 1
+        for number, batch in enumerate(self.batches):
+            rising = (number + 1) / warmup
+            falling = (steps - number) / (steps - warmup + 1)
+            self.lr.fill_(rate * min(rising, falling, 1))
+            for part, new in zip(self.batch, batch):
                 part.copy_(new)
-            self.run_step()
+            step()
 
 
-def measure(model, records, names):
-    """{name: losses, hits and numbers of tokens of these records}"""
-    row = {}
-    for name in names:
-        losses, hits = score(model, records[name])
-        tokens = [len(r.choices[r.right]) for r in records[name]]
-        row[name] = dict(losses=losses, hits="".join(map(str, hits)), tokens=tokens)
-    return row
-
-
-def work(setting, seeds, folder):
-    """Train a setting with these seeds in turns: a row of results for each."""
+def work(setting, seed, folder):
+    """Train a setting with a seed: a row of results. The untrained model has no setting to train;
+    its row also has the number of tokens of each answer.
+    """
     torch.set_num_threads(1)
     records = read_task(setting["task"], setting["model"], folder)
-    runs = [Run(setting, seed, records) for seed in seeds]
-    steps = setting["steps"]
-    warmup = steps // 10 + 1
-    for number in range(steps):
-        factor = min((number + 1) / warmup, (steps - number) / (steps - warmup + 1))
-        for run in runs:
-            run.advance(number, setting["rate"] * factor)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    rows = []
-    for run, seed in zip(runs, seeds):
-        row = name_of(setting) | {"seed": seed}
-        if hyplora.hyplora_layers(run.model):
-            row["phi"] = median_phis(run.model, run.inputs)
-        found = measure(run.model, records, setting["sets"])
-        for name, own in found.items():
-            row[name] = {"losses": own["losses"], "hits": own["hits"]}
-        if "validation" in found:
-            row["validation"] = sum(own["losses"]) / sum(own["tokens"])
-        rows.append(row)
-    return rows
-
-
-def measure_base(setting, folder):
-    """The row of the untrained model, which also has the number of tokens of each answer."""
-    records = read_task(setting["task"], setting["model"], folder)
-    sets = measure(load(setting["model"]), records, ["held out", *TASKS[setting["task"]][1]])
-    return [name_of(setting) | {"seed": 0} | sets]
+    row = name_of(setting) | {"seed": seed, "date": str(datetime.date.today())}
+    row["machine"] = machine(DEVICE)
+    model = load(setting["model"])
+    if setting["steps"]:
+        run = Run(setting, seed, records)
+        run.train(setting["rate"])
+        model = run.model
+        if setting["sets"] == ["validation"] and hyplora.hyplora_layers(model):
+            row["phi"] = median_phis(model, run.inputs)
+    for name in setting["sets"]:
+        losses, hits = score(model, records[name])
+        tokens = [len(r.choices[r.right]) for r in records[name]]
+        row[name] = sum(losses) / sum(tokens) if name == "validation" else {"losses": losses}
+        if len(records[name][0].choices) > 1:
+            row[name]["hits"] = "".join(map(str, hits))
+        if not setting["steps"]:
+            row[name]["tokens"] = tokens
+    del model
+    gc.collect()  # A CUDA graph keeps its memory until it goes.
+    return row
 
 
 # --- The plan -----------------------------------------------------------------------------------
 
 STEPS = 100
-METHODS = {
-    1: ["HypLoRA", "DoRA"],
-    2: ["HypLoRA, 1.0", "HypLoRA, raw K = 0.5", *AUTHORS],
-    3: [name for name in HYPERBOLIC if "radius" in name],
-}
 NAME = ("model", "task", "method", "alpha", "rate", "steps")
+UNTRAINED = dict(method="untrained", alpha=0, rate=0, steps=0)
 
 
 def name_of(setting):
@@ -362,53 +357,40 @@ def name_of(setting):
     return {key: setting[key] for key in NAME} | {"model": Path(setting["model"]).name}
 
 
-class Ledger:
-    """The rows of a file of JSON lines, and the processes that make what is missing."""
-
-    def __init__(self, args):
-        self.path = Path(args.out)
-        self.folder = args.data
-        self.lock = threading.Lock()
-        self.rows = {}
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                self.add(json.loads(line))
-        spawn = multiprocessing.get_context("spawn")  # A fork can't use a GPU.
-        self.pool = ProcessPoolExecutor(args.workers, mp_context=spawn)
-        self.group = args.group
-
-    def add(self, row):
-        self.rows[*[row[key] for key in NAME], row["seed"]] = row
-
-    def make(self, function, *arguments):
-        """Run a function in one of the processes, and keep its rows."""
-        rows = self.pool.submit(function, *arguments, self.folder).result()
-        with self.lock, self.path.open("a") as file:
-            for row in rows:
-                self.add(row)
-                file.write(json.dumps(row) + "\n")
-
-    def base(self, cell):
-        """The row of the untrained model."""
-        setting = cell | dict(method="untrained", alpha=0, rate=0, steps=0)
-        key = (*name_of(setting).values(), 0)
-        if key not in self.rows:
-            self.make(measure_base, setting)
-        return self.rows[key]
-
-    def rows_of(self, setting, seeds):
-        """The rows of a setting, one for each seed."""
-        keys = {seed: (*name_of(setting).values(), seed) for seed in seeds}
-        missing = [seed for seed in seeds if keys[seed] not in self.rows]
-        count = math.ceil(len(missing) / self.group)
-        groups = [missing[i::count] for i in range(count)]
-        in_parallel(lambda group: self.make(work, setting, group), groups)
-        return [self.rows[key] for key in keys.values()]
-
-
 def in_parallel(function, things):
     with ThreadPoolExecutor(max(1, len(things))) as threads:
         return list(threads.map(function, things))
+
+
+def read_rows(path):
+    """The rows of a file of JSON lines, by their settings and seeds."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return {(*name_of(row).values(), row["seed"]): row for row in rows}
+
+
+class Ledger:
+    """The rows of a file, and the processes that make those that are missing."""
+
+    def __init__(self, args):
+        self.path = Path(args.out)
+        self.path.touch()
+        self.rows = read_rows(self.path)
+        self.folder = args.data
+        self.lock = threading.Lock()
+        spawn = multiprocessing.get_context("spawn")  # A fork can't use a GPU.
+        self.pool = ProcessPoolExecutor(args.workers, mp_context=spawn)
+
+    def row_of(self, setting, seed):
+        key = (*name_of(setting).values(), seed)
+        if key not in self.rows:
+            row = self.pool.submit(work, setting, seed, self.folder).result()
+            with self.lock, self.path.open("a") as file:
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self.rows[key] = row
+        return self.rows[key]
+
+    def rows_of(self, setting, seeds):
+        return in_parallel(lambda seed: self.row_of(setting, seed), seeds)
 
 
 def rate_of(exponent):
@@ -423,14 +405,14 @@ def mean_loss(rows):
 
 
 def tune(ledger, setting, start):
-    """(loss, rate, grid point below or above it) where a parabola through the mean losses of the
-    best point of the grid and its two neighbours is lowest.
+    """(loss, rate, the best point of the grid): where a parabola through the mean losses of the
+    best point and its two neighbours is lowest. start: the point to begin at.
     """
     losses = {}
 
     def try_rate(exponent):
-        found = setting | {"rate": rate_of(exponent), "sets": ["validation"]}
-        losses[exponent] = mean_loss(ledger.rows_of(found, TUNING_SEEDS))
+        rows = ledger.rows_of(setting | {"rate": rate_of(exponent)}, TUNING_SEEDS)
+        losses[exponent] = mean_loss(rows)
 
     best = start
     while not {best - 1, best, best + 1} <= set(losses):
@@ -438,16 +420,15 @@ def tune(ledger, setting, start):
         best = min(losses, key=losses.get)
     low, middle, high = (losses[best + shift] for shift in (-1, 0, 1))
     bend = low - 2 * middle + high
-    shift = (low - high) / (2 * bend)
+    shift = (low - high) / (2 * bend) if bend else 0.0
     return middle - bend * shift**2 / 2, rate_of(best + shift), best
 
 
-def tune_lora(ledger, cell):
-    """(the setting of the best alpha at its best rate, the grid point). Twice the alpha is tried at
-    a rate that is smaller by the square root of 2, up to 8 times.
+def tune_alpha(ledger, setting, start=2):
+    """(the setting of the best alpha at its best rate, the point of the grid). Twice the alpha is
+    tried at a rate that is smaller by the square root of 2, up to 8 times.
     """
-    setting = cell | dict(method="LoRA", alpha=ALPHA, factors={}, sets=["validation"])
-    loss, rate, first = tune(ledger, setting, 2)
+    loss, _, first = tune(ledger, setting | {"alpha": ALPHA}, start)
     options = [(loss, 0)]
 
     def try_alpha(doublings):
@@ -455,56 +436,179 @@ def tune_lora(ledger, cell):
         options.append((mean_loss(ledger.rows_of(found, TUNING_SEEDS)), doublings))
 
     in_parallel(try_alpha, [1, 2, 3])
-    best = min(options)[1]
-    setting["alpha"] *= 2**best
-    _, rate, point = tune(ledger, setting, first - best)
-    return setting | {"rate": rate}, point
+    doublings = min(options)[1]
+    best = setting | {"alpha": ALPHA * 2**doublings}
+    _, rate, point = tune(ledger, best, first - doublings)
+    return best | {"rate": rate}, point
 
 
-def tune_method(ledger, cell, method, alpha, start):
-    """The settings of a method and of its control, if it has one."""
-    setting = cell | dict(method=method, alpha=AUTHORS.get(method, alpha), factors={})
-    _, rate, best = tune(ledger, setting, start)
-    settings = [setting | {"rate": rate}]
-    if method in HYPERBOLIC and method not in AUTHORS:
-        rows = ledger.rows_of(setting | {"rate": rate_of(best)}, TUNING_SEEDS)
-        layers = rows[0]["phi"]
-        factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
-        control = setting | dict(method=f"control of {method}", factors=factors)
-        _, rate, _ = tune(ledger, control, best)
-        settings.append(control | {"rate": rate})
-    return settings
+def tune_method(ledger, setting, start):
+    """The settings of a method and of its control, if it has one. start: the point of the grid."""
+    if "own alpha" in setting["method"]:
+        found, point = tune_alpha(ledger, setting, start)
+    else:
+        _, rate, point = tune(ledger, setting, start)
+        found = setting | {"rate": rate}
+    if setting["method"] not in HYPERBOLIC or setting["method"] in AUTHORS:
+        return [found]
+    rows = ledger.rows_of(found | {"rate": rate_of(point)}, TUNING_SEEDS)
+    layers = rows[0]["phi"]
+    factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
+    control = found | dict(method=f"control of {setting['method']}", factors=factors)
+    _, rate, _ = tune(ledger, control, point)
+    return [found, control | {"rate": rate}]
 
 
 def run_tier(ledger, cell, args):
     """All runs of a tier for a model and a task."""
-    cell = cell | {"steps": STEPS}
-    ledger.base(cell)
-    lora, start = tune_lora(ledger, cell)
-    found = in_parallel(
-        lambda method: tune_method(ledger, cell, method, lora["alpha"], start), METHODS[args.tier]
-    )
-    settings = [lora, *itertools.chain(*found)]
-    sets = ["held out"] + (TASKS[cell["task"]][1] if args.tier == 1 else [])
-    seeds = range(5 if args.tier == 3 else 10)
+    sets = ["held out", *TASKS[cell["task"]][1]]
+    ledger.row_of(cell | UNTRAINED | {"sets": sets}, 0)
+    shared = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
+    lora, point = tune_alpha(ledger, shared)
+
+    def tune_one(method):
+        setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
+        return tune_method(ledger, setting, point)
+
+    settings = [lora, *itertools.chain(*in_parallel(tune_one, TIERS[args.tier]))]
     if args.steps != STEPS:
         settings = [setting for setting in settings if setting["method"] != "DoRA"]
-    final = dict(steps=args.steps, sets=sets)
+    final = dict(steps=args.steps, sets=sets if args.tier == 1 else ["held out"])
+    seeds = range(5 if args.tier == 3 else 10)
     in_parallel(lambda setting: ledger.rows_of(setting | final, seeds), settings)
+
+
+# --- Tables and pictures ------------------------------------------------------------------------
+
+
+def rivals_of(cell, method):
+    """{label: method} of what a method is compared with."""
+    rivals = {"minus LoRA": "LoRA", "minus its control": f"control of {method}"}
+    return {label: name for label, name in rivals.items() if name in cell and name != method}
+
+
+def tier_of(method):
+    own = method.removeprefix("control of ")
+    return next((tier for tier, methods in TIERS.items() if own in methods), 1)
+
+
+def cells_of(column, name, cell, sets, level):
+    """The loss of a method on a set of records, and what it is compared with, for a table."""
+    tokens = sets[name]["tokens"]
+    own = cell[column]
+    losses = [sum(row[name]["losses"]) / sum(tokens) for row in own.values()]
+    found = {"loss": mean_and_spread(losses, 4), "minus LoRA": "", "minus its control": ""}
+    for label, rival in rivals_of(cell, column).items():
+        seeds = sorted(own.keys() & cell[rival].keys())
+        pairs = [(own[seed][name]["losses"], cell[rival][seed][name]["losses"]) for seed in seeds]
+        mean, low, high = two_way_interval([np.subtract(*pair) for pair in pairs], tokens, level)
+        found[label] = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    if "hits" in sets[name]:
+        shares = [100 * row[name]["hits"].count("1") / len(tokens) for row in own.values()]
+        found["% right"] = mean_and_spread(shares, 1)
+    return found
+
+
+def print_tables(rows, path):
+    """Print a table for each model, task and number of steps, and write it to a Markdown file."""
+    cells = {}
+    for row in rows.values():
+        if "held out" in row and row["steps"]:
+            cell = cells.setdefault((row["model"], row["task"], row["steps"]), {})
+            cell.setdefault(row["method"], {})[row["seed"]] = row
+    for (model, task, steps), cell in cells.items():
+        base = rows[(model, task, *UNTRAINED.values(), 0)]
+        sets = {name: found for name, found in base.items() if isinstance(found, dict)}
+        comparisons = Counter()
+        for other in (other for key, other in cells.items() if key[2] == steps):
+            for method in other:
+                comparisons[tier_of(method)] += len(rivals_of(other, method))
+        tables = {name: [] for name in sets}
+        for method in sorted(cell, key=lambda method: (tier_of(method), method)):
+            first, *_ = cell[method].values()
+            about = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}"}
+            about["seeds"] = len(cell[method])
+            level = 1 - 0.05 / comparisons[tier_of(method)]
+            for name in first.keys() & sets.keys():
+                tables[name].append(about | cells_of(method, name, cell, sets, level))
+        body = f"{base['date']}, {base['machine']}. Intervals of level 1 - 0.05 / m, where m is"
+        body += " the number of comparisons: " + ", ".join(
+            f"{count} in tier {tier}" for tier, count in sorted(comparisons.items())
+        )
+        for name, table in tables.items():
+            untrained = sum(sets[name]["losses"]) / sum(sets[name]["tokens"])
+            body += f"\n\n**{name}** (untrained: {untrained:.4f})\n\n{markdown(table)}"
+        title = f"Comparison: {model}, {task}, {steps} steps"
+        print(f"\n## {title}\n\n{body}")
+        if path:
+            write_section(path, title, body)
+
+
+def draw(path, panels, **options):
+    """panels: {title: {label: ([x], [y])}}"""
+    from matplotlib import pyplot as plt
+
+    size = (4.5 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, points in curves.items():
+            axis.plot(*points, marker=".", label=label)
+        axis.set(title=title, **options)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def draw_pictures(rows, folder):
+    """The tuning curves, and the median of phi by block after the tuning runs of HypLoRA."""
+    losses = {}
+    phis = {}
+    for row in rows.values():
+        title = f"{row['model']}, {row['task']}"
+        if "validation" in row:
+            method = f"{row['method']}, alpha {row['alpha']}"
+            curve = losses.setdefault(title, {}).setdefault(method, {})
+            curve.setdefault(row["rate"], []).append(row["validation"])
+        if row["method"] == "HypLoRA" and "phi" in row:
+            for layer, phi in row["phi"].items():
+                target = phis.setdefault(title, {}).setdefault(layer.rpartition(".")[2], {})
+                target.setdefault(int(re.search(r"\.(\d+)\.", layer)[1]), []).append(phi)
+
+    def points(panels):
+        return {
+            title: {
+                label: zip(*sorted((x, statistics.median(ys)) for x, ys in curve.items()))
+                for label, curve in curves.items()
+            }
+            for title, curves in panels.items()
+        }
+
+    labels = dict(xlabel="rate", ylabel="validation loss, median of four seeds", xscale="log")
+    draw(Path(folder, "comparison_rates.png"), points(losses), yscale="log", **labels)
+    labels = dict(xlabel="block", ylabel="phi, median of tokens, seeds and rates", yscale="log")
+    draw(Path(folder, "comparison_phi.png"), points(phis), **labels)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tier", type=int, choices=METHODS, default=1)
+    parser.add_argument("--tier", type=int, choices=TIERS, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the reported runs")
     parser.add_argument("--models", nargs="+", default=[], help="folders that transformers loads")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data", help="the folder of the paper's JSON files")
     parser.add_argument("--out", help="the file of JSON lines")
-    parser.add_argument("--workers", type=int, default=4, help="processes")
-    parser.add_argument("--group", type=int, default=5, help="seeds that a process trains in turns")
+    parser.add_argument("--workers", type=int, default=6, help="processes")
+    parser.add_argument("--table", help="a file of JSON lines to print tables of")
+    parser.add_argument("--results", help="a Markdown file that gets the tables, too")
+    parser.add_argument("--assets", help="a folder for the pictures")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if args.table:
+        rows = read_rows(args.table)
+        print_tables(rows, args.results)
+        if args.assets:
+            draw_pictures(rows, args.assets)
+        return
     ledger = Ledger(args)
     cells = [dict(model=m, task=t) for m, t in itertools.product(args.models, args.tasks)]
     in_parallel(lambda cell: run_tier(ledger, cell, args), cells)

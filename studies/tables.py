@@ -47,7 +47,7 @@ def mean_and_interval(values, digits=4):
 def two_way_interval(differences, counts, level=0.95, draws=10000):
     """(mean, low, high) of a difference per token, by a bootstrap over seeds and over records.
 
-    differences: (seeds, records), each summed over a record's tokens. counts: (records,), of tokens.
+    differences: (seeds, records), each summed over a record's tokens. counts: their numbers.
     """
     differences = np.asarray(differences, dtype=float)
     generator = np.random.default_rng(0)
