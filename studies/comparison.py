@@ -492,13 +492,13 @@ def tier_of(method):
     return next((tier for tier, methods in TIERS.items() if own in methods), 1)
 
 
-def cells_of(column, name, cell, sets, level):
+def cells_of(method, name, cell, sets, level):
     """The loss of a method on a set of records, and what it is compared with, for a table."""
     tokens = sets[name]["tokens"]
-    own = cell[column]
+    own = cell[method]
     losses = [sum(row[name]["losses"]) / sum(tokens) for row in own.values()]
     found = {"loss": mean_and_spread(losses, 4), "minus LoRA": "", "minus its control": ""}
-    for label, rival in rivals_of(cell, column).items():
+    for label, rival in rivals_of(cell, method).items():
         seeds = sorted(own.keys() & cell[rival].keys())
         pairs = [(own[seed][name]["losses"], cell[rival][seed][name]["losses"]) for seed in seeds]
         mean, low, high = two_way_interval([np.subtract(*pair) for pair in pairs], tokens, level)
@@ -531,10 +531,11 @@ def print_tables(rows, path):
             level = 1 - 0.05 / comparisons[tier_of(method)]
             for name in first.keys() & sets.keys():
                 tables[name].append(about | cells_of(method, name, cell, sets, level))
-        body = f"{base['date']}, {base['machine']}. Intervals of level 1 - 0.05 / m, where m is"
-        body += " the number of comparisons: " + ", ".join(
-            f"{count} in tier {tier}" for tier, count in sorted(comparisons.items())
+        counts = [f"{count} in tier {tier}" for tier, count in sorted(comparisons.items())]
+        body = (
+            f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m; m, the"
         )
+        body += f" number of comparisons, is {', '.join(counts)}."
         for name, table in tables.items():
             untrained = sum(sets[name]["losses"]) / sum(sets[name]["tokens"])
             body += f"\n\n**{name}** (untrained: {untrained:.4f})\n\n{markdown(table)}"
@@ -545,16 +546,17 @@ def print_tables(rows, path):
 
 
 def draw(path, panels, **options):
-    """panels: {title: {label: ([x], [y])}}"""
+    """A picture of {title: {label: {x: the ys of several runs}}}, with their medians."""
     from matplotlib import pyplot as plt
 
-    size = (4.5 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items()):
-        for label, points in curves.items():
-            axis.plot(*points, marker=".", label=label)
+    lines = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(12, 4 * lines), squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
+        for label, curve in sorted(curves.items()):
+            xs = sorted(curve)
+            axis.plot(xs, [statistics.median(curve[x]) for x in xs], marker=".", label=label)
         axis.set(title=title, **options)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -568,25 +570,16 @@ def draw_pictures(rows, folder):
         if "validation" in row:
             method = f"{row['method']}, alpha {row['alpha']}"
             curve = losses.setdefault(title, {}).setdefault(method, {})
-            curve.setdefault(row["rate"], []).append(row["validation"])
-        if row["method"] == "HypLoRA" and "phi" in row:
-            for layer, phi in row["phi"].items():
-                target = phis.setdefault(title, {}).setdefault(layer.rpartition(".")[2], {})
-                target.setdefault(int(re.search(r"\.(\d+)\.", layer)[1]), []).append(phi)
-
-    def points(panels):
-        return {
-            title: {
-                label: zip(*sorted((x, statistics.median(ys)) for x, ys in curve.items()))
-                for label, curve in curves.items()
-            }
-            for title, curves in panels.items()
-        }
-
-    labels = dict(xlabel="rate", ylabel="validation loss, median of four seeds", xscale="log")
-    draw(Path(folder, "comparison_rates.png"), points(losses), yscale="log", **labels)
-    labels = dict(xlabel="block", ylabel="phi, median of tokens, seeds and rates", yscale="log")
-    draw(Path(folder, "comparison_phi.png"), points(phis), **labels)
+            curve.setdefault(1e3 * row["rate"], []).append(row["validation"])
+        if row["method"] == "HypLoRA":
+            for layer, phi in row.get("phi", {}).items():
+                curve = phis.setdefault(title, {}).setdefault(layer.rpartition(".")[2], {})
+                block = int(re.search(r"\.(\d+)\.", layer)[1])
+                curve.setdefault(block, []).append(phi)
+    ylabel = "validation loss, median of seeds"
+    draw(Path(folder, "comparison_rates.png"), losses, xlabel="rate", ylabel=ylabel, xscale="log")
+    ylabel = "phi, median of tokens, seeds and rates"
+    draw(Path(folder, "comparison_phi.png"), phis, xlabel="block", ylabel=ylabel)
 
 
 def main():

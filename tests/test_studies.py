@@ -2,11 +2,13 @@
 distribute them."""
 # ruff: noqa: E402  (what is not installed is skipped before it is imported)
 
+import argparse
 import itertools
 import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ import torch
 for package in ("scipy", "transformers", "peft", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason="pip install -r tests/requirements.txt")
 
+import numpy as np
 import peft
 import safetensors.torch
 import transformers
 from conftest import write_folder, write_sums
 
-from studies import authors, embeddings, geometry, nulls
+from studies import authors, comparison, embeddings, geometry, nulls, tables
 from studies.geometry import delta_hyperbolicity, power_law_exponent, power_law_p_value
 
 torch.set_num_threads(1)  # The tensors are tiny: threads would only wait for each other.
@@ -298,3 +301,110 @@ def test_the_program_prints_draws_and_replaces_its_own_sections_alone(
         assert line in written and "nan" not in line
         assert str(tmp_path) not in line
     assert picture.stat().st_size > 10_000
+
+
+def test_the_two_way_interval_has_the_variance_of_seeds_and_of_records():
+    draw = np.random.default_rng(0)
+    counts = np.full(400, 5)
+    seeds = draw.normal(0, 0.3, size=(20, 1))
+    records = draw.normal(0, 1, size=(1, 400))
+    mean, low, high = tables.two_way_interval(5 * (seeds + records), counts)
+    spread = np.sqrt(seeds.var() / 20 + records.var() / 400)  # of a mean of independent effects
+    assert mean == pytest.approx(seeds.mean() + records.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.05)
+    assert tables.two_way_interval(np.outer(np.ones(3), counts), counts)[1:] == (1, 1)
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """A setting of studies/comparison.py with a random model, eight training records, two steps."""
+    for size in ("HELD_OUT", "VALIDATION", "TEST"):
+        monkeypatch.setattr(comparison, size, 3)
+    monkeypatch.setattr(comparison, "BATCH", 4)
+    for caches in (comparison.read_task, comparison.load):
+        caches.cache_clear()
+    for number, name in enumerate(("gsm8k_train", "mawps_train", "gsm8k", "svamp")):
+        write_sums(tmp_path / f"{name}.json", count=8, first=8 * number)
+    folder = write_folder(tmp_path / "model")
+    shared = dict(model=folder, task="arithmetic", alpha=64, rate=1e-3, steps=2, factors={})
+    return shared | {"method": "LoRA", "sets": ["held out", "gsm8k"]}
+
+
+def test_the_comparison_reads_the_choices_and_keeps_tests_apart(tmp_path, setting):
+    text = "Please choose the correct answer to the question: Which is wet?\n\nAnswer1: sand "
+    text += "Answer2: the sea\n\nAnswer format: answer1/answer2"
+    wrong = {"instruction": "What is 1 + 1?", "output": "The answer is 3", "answer": "2"}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps([dict(instruction=text, output="", answer="answer2"), wrong]))
+    expected = ("Which is wet?", ["sand", "the sea"], 1)
+    assert comparison.read_questions(path) == [expected]
+    records = comparison.read_task("arithmetic", setting["model"], str(tmp_path))
+    assert {name: len(found) for name, found in records.items()} == {
+        "gsm8k": 3, "svamp": 3, "held out": 3, "validation": 3, "train": 10
+    }  # fmt: skip
+    prompts = [str(record.question) for found in records.values() for record in found]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_the_comparison_scores_as_transformers_does(setting, tmp_path):
+    row = comparison.work(setting | comparison.UNTRAINED, 0, str(tmp_path))
+    records = comparison.read_task("arithmetic", setting["model"], str(tmp_path))["held out"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(setting["model"])
+    for record, loss, count in zip(records, row["held out"]["losses"], row["held out"]["tokens"]):
+        ids = torch.tensor([record.question + record.choices[0]])
+        labels = ids.clone()
+        labels[:, : len(record.question)] = -100
+        assert loss == pytest.approx(count * model(ids, labels=labels).loss.item(), abs=0.01)
+
+
+def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path):
+    def losses(**changes):
+        return comparison.work(setting | changes, 0, str(tmp_path))["held out"]["losses"]
+
+    layers = [name for name, _ in comparison.load(setting["model"]).named_modules()]
+    factors = {name: 2.0 for name in layers if name.endswith(tuple(comparison.TARGETS))}
+    control = losses(method="control of HypLoRA", factors=factors)
+    assert control == losses(alpha=128) != losses()
+    others = ["DoRA", "HypLoRA", "HypLoRA, raw K = 0.5", "HypLoRA, radius 4", *comparison.AUTHORS]
+    others.append("HypLoRA, down alone, radius 1")
+    assert len({str(losses(method=method)) for method in others}) == len(others)
+
+
+def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
+    setting, tmp_path, monkeypatch, capsys
+):
+    best = {"LoRA": 1.3e-3, "DoRA": 0.6e-3, "HypLoRA": 2.4e-3, "control of HypLoRA": 1.7e-3}
+    calls = []
+
+    def work(found, seed, folder):  # The loss is a parabola in the rate, lowest for alpha = 128.
+        calls.append(found)
+        row = comparison.name_of(found) | dict(seed=seed, date="today", machine="none")
+        if found["steps"] == 0:
+            return row | {name: dict(losses=[9.0], tokens=[2]) for name in found["sets"]}
+        loss = 1 + math.log2(found["rate"] / best[found["method"]]) ** 2
+        loss += abs(found["alpha"] - 128) / 64
+        if found["sets"] != ["validation"]:
+            return row | {name: dict(losses=[loss + seed / 100]) for name in found["sets"]}
+        return row | dict(validation=loss, phi={"model.layers.0.q_proj": 1 + seed / 1000})
+
+    monkeypatch.setattr(comparison, "work", work)
+    args = dict(out=tmp_path / "rows.jsonl", data="", workers=1, tier=1, steps=100)
+    args = argparse.Namespace(**args)
+    cell = dict(model="folder/name", task="arithmetic")
+    for expected in (True, False):
+        ledger = comparison.Ledger(args)
+        ledger.pool = ThreadPoolExecutor(1)
+        calls.clear()
+        comparison.run_tier(ledger, cell, args)
+        assert bool(calls) == expected
+    rows = comparison.read_rows(args.out)
+    reported = [row for row in rows.values() if "held out" in row and row["steps"]]
+    assert len(reported) == 40 and len({row["seed"] for row in reported}) == 10
+    for row in reported:
+        assert row["alpha"] == 128 and row["rate"] == pytest.approx(best[row["method"]], rel=0.2)
+    comparison.print_tables(rows, None)
+    printed = capsys.readouterr().out
+    assert "4 in tier 1" in printed and "(untrained: 4.5000)" in printed
+    assert printed.count("| DoRA | 128 | 0.00") == 3
+    comparison.draw_pictures(rows, tmp_path)
+    assert len(list(tmp_path.glob("comparison_*.png"))) == 2
