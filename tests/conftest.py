@@ -6,9 +6,7 @@ import os
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # Triton's interpreter has to be chosen before anything imports it.
+if not torch.cuda.is_available():  # Triton's interpreter is chosen before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 END = 257
@@ -32,9 +30,7 @@ FAMILIES = {
     "gemma3_text": GEMMA,
     "gemma3": dict(text_config=GEMMA, vision_config=VISION, mm_tokens_per_image=4),
     # Learned positions, biases, layers that store their weight transposed: impossible before.
-    "gpt2": dict(
-        vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=2048, eos_token_id=END
-    ),
+    "gpt2": TOKENS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=2048),
 }
 
 
@@ -49,13 +45,11 @@ def byte_tokenizer(chat_template=None, puts_end=False):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
     single = "<s> $A </s>" if puts_end else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=list(SPECIAL.items())
-    )
-    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=chat_template, **names
-    )
+    special = list(SPECIAL.items())
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    options = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    options |= dict(tokenizer_object=tokenizer, chat_template=chat_template)
+    return transformers.PreTrainedTokenizerFast(**options)
 
 
 def write_folder(folder, family="llama", seed=0, chat_template=None, **config):

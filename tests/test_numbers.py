@@ -22,8 +22,7 @@ def test_far_out_the_maps_are_right_and_then_loud(dtype, last):
     assert beyond[2] == 0 and beyond[[0, 1, 3]].isinf().all()  # A zero coordinate stays 0.
     assert not logmap0(beyond, 1.0).isfinite().any()
     eye, large = torch.eye(3, dtype=dtype), 1e8 * torch.eye(3, dtype=dtype)
-    got = hyplora_reference(30 * direction, eye, large, 1.0)
-    close(got, (30 + math.log(1e8)) * direction)
+    close(hyplora_reference(30 * direction, eye, large, 1.0), (30 + math.log(1e8)) * direction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -35,8 +34,7 @@ def test_the_maps_widen_narrow_numbers_before_they_square_them(dtype, size):
     narrow = (X * size).to(dtype)  # This is a point of which space is narrow, too.
     close(logmap0(narrow, K), logmap0(narrow.double(), K).float())
     a, b = A[:, :6].to(dtype), B.to(dtype)
-    exact = llr(narrow.double(), a.double(), b.double(), K).float()
-    close(llr(narrow, a, b, K), exact)
+    close(llr(narrow, a, b, K), llr(narrow.double(), a.double(), b.double(), K).float())
 
 
 def test_at_the_end_of_a_dtype_the_update_is_right_or_loud():
@@ -91,8 +89,7 @@ def test_in_float16_the_layer_is_right_until_its_own_output_overflows():
     layer = HypLoRALinear(nn.Linear(64, 64, bias=False, dtype=torch.float16), alpha=8)
     nn.init.zeros_(layer.base.weight)
     nn.init.normal_(layer.lora_B)
-    x = randn(64, 64, dtype=torch.float32) * torch.logspace(-3, 3, 64).view(-1, 1)
-    x = x.half()
+    x = (randn(64, 64, dtype=torch.float32) * torch.logspace(-3, 3, 64).view(-1, 1)).half()
     want = hyplora_update(*[t.double() for t in (x, layer.lora_A, layer.lora_B, layer.K)])
     out = layer(x)
     assert out.dtype == torch.float16
@@ -120,8 +117,6 @@ def test_under_autocast_the_lengths_are_still_in_float32():
     x = 1e3 * X.float()  # Squares of such numbers are beyond float16.
     with torch.autocast("cpu", torch.float16):
         out, base = layer(x), layer.base(x)
-    want = hyplora_update(
-        x.double(), layer.lora_A.double(), layer.lora_B.double(), layer.K.double()
-    )
+    want = hyplora_update(*[t.double() for t in (x, layer.lora_A, layer.lora_B, layer.K)])
     assert out.dtype == torch.float16
     assert (norm(out.double() - base.double() - want) < 2e-3 * norm(base.double())).all()
