@@ -75,7 +75,6 @@ def characters(tokens):
 
 WIDTH = 64
 HEADS = 8
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
 class Attention(nn.Module):
@@ -142,10 +141,7 @@ class GPT(nn.Module):
 
 # --- Training and scoring -----------------------------------------------------------------------
 
-BATCH = 128  # sums in a step
-
-
-def train(model, *, parameters, sums, steps, lr, seed):
+def train(model, *, parameters, sums, steps, batch_size, lr, seed):
     """AdamW with a warm-up of 20 steps and a linear decay. Returns the seconds that it took."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -157,7 +153,7 @@ def train(model, *, parameters, sums, steps, lr, seed):
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 20, (steps + 1 - step) / steps)
-        chosen = torch.randint(len(sums), (BATCH,), generator=generator)
+        chosen = torch.randint(len(sums), (batch_size,), generator=generator)
         batch = sums[chosen.to(sums.device)]
         logits = model(batch[:, :-1])[:, -ANSWER:]
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, -ANSWER:].flatten())
@@ -230,7 +226,7 @@ def parse_arguments(argv):
     add("--rank", type=int, default=16, help="of the adapters")
     add("--alpha", type=float, default=64.0, help="the updates are scaled by alpha / rank")
     add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")
-    add("--steps", type=int, default=500, help="training steps of an adapter")
+    add("--steps", type=int, default=400, help="training steps of an adapter")
     add("--base-steps", type=int, default=350, help="training steps of the base")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
@@ -260,8 +256,8 @@ def main(argv=None):
     print("The base, a small GPT, learns a+b from scratch, as there must be a model to adapt.")
     torch.manual_seed(0)
     model = GPT().to(args.device)
-    parameters = model.parameters()
-    train(model, parameters=parameters, sums=additions, steps=args.base_steps, lr=1e-2, seed=0)
+    how = {"steps": args.base_steps, "batch_size": 128, "lr": 1e-2, "seed": 0}
+    train(model, parameters=model.parameters(), sums=additions, **how)
     row = {"adapter": "none (the base)", "parameters": 0}
     row["% a-b"] = percent_right(model, new_subtractions)
     row["% a+b, adapter off"] = percent_right(model, new_additions)
@@ -280,11 +276,11 @@ def main(argv=None):
             print(f"{name}, seed {seed}: {what}.")
             torch.manual_seed(seed)  # LoRA and HypLoRA start alike, and get the same batches.
             options = {"rank": args.rank, "alpha": args.alpha, "curvature": curvature}
-            hyplora.inject_hyplora(model, TARGETS, **options)
+            hyplora.inject_hyplora(model, "all-linear", **options)
             hyplora.calibrate_curvature(model, subtractions[::20, :-1])
             groups = hyplora.hyplora_parameters(model)
-            how = {"sums": subtractions, "steps": args.steps, "lr": args.lr, "seed": seed}
-            seconds = train(model, parameters=groups, **how)
+            how = {"steps": args.steps, "batch_size": 96, "lr": args.lr, "seed": seed}
+            seconds = train(model, parameters=groups, sums=subtractions, **how)
             number = sum(p.numel() for group in groups for p in group["params"])
             row = {"adapter": name, "parameters": number}
             row["% a-b"] = percent_right(model, new_subtractions)
