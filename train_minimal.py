@@ -1,9 +1,8 @@
 """See LoRA and HypLoRA learn, in less than half a minute on one CPU core. Nothing is downloaded.
 
 A tiny GPT learns two-digit addition from scratch and is frozen. Adapters then teach it subtraction,
-once as LoRA and once as HypLoRA, from the same start and on the same batches. The program prints
-what each of them answers, how often it is right on pairs of numbers that no phase has seen, and
-what HypLoRA did to the length of the update.
+once as LoRA and once as HypLoRA, from the same start and on the same batches. What is printed is
+how often each is right on numbers that no phase has seen, and what HypLoRA did to the update.
 
     python train_minimal.py                                 # the sanity check
     python train_minimal.py --seeds 5                       # mean and spread over five seeds
@@ -53,8 +52,7 @@ def make_sums(sign, held_out):
     A tenth of the pairs is held out for testing, the same in every run, and b, a along with a, b.
     """
     draw = torch.rand(100, 100, generator=torch.Generator().manual_seed(0))
-    draw = draw.triu() + draw.triu(1).T
-    chosen = (draw < 0.1) == held_out
+    chosen = (draw.triu() + draw.triu(1).T < 0.1) == held_out
     if sign == "-":
         chosen = chosen.tril()  # where a >= b
     a, b = chosen.nonzero().T
@@ -66,14 +64,14 @@ def make_sums(sign, held_out):
 
 
 def characters(tokens):
+    """The tokens as text: 12+34= for a question."""
     return "".join(VOCABULARY[token] for token in tokens.tolist())
 
 
 # --- The model: a GPT with one block ------------------------------------------------------------
-#
-# Its linear layers have the names that they have in Llama and Qwen. The paper adapts five of them.
 
 WIDTH = 64
+HIDDEN = 170
 HEADS = 8
 
 
@@ -90,9 +88,7 @@ class Attention(nn.Module):
         def split(y):  # (batch, T, WIDTH) -> (batch, HEADS, T, WIDTH / HEADS)
             return y.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
-        q = split(self.q_proj(x))
-        k = split(self.k_proj(x))
-        v = split(self.v_proj(x))
+        q, k, v = [split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj)]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -100,12 +96,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up_proj = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.gate_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GPT(nn.Module):
@@ -130,9 +127,8 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(x))
 
     @torch.no_grad()
-    def answer(self, questions):
+    def answer(self, tokens):
         """The most likely answers, digit by digit: (batch, QUESTION) -> (batch, ANSWER)."""
-        tokens = questions
         for _ in range(ANSWER):
             digit = self(tokens)[:, -1:].argmax(dim=-1)
             tokens = torch.cat([tokens, digit], dim=1)
@@ -140,6 +136,7 @@ class GPT(nn.Module):
 
 
 # --- Training and scoring -----------------------------------------------------------------------
+
 
 def train(model, *, parameters, sums, steps, batch_size, lr, seed):
     """AdamW with a warm-up of 20 steps and a linear decay. Returns the seconds that it took."""
@@ -162,9 +159,8 @@ def train(model, *, parameters, sums, steps, batch_size, lr, seed):
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step in reported:
-            is_overwritten = is_terminal and step < steps
-            line = f"  step {step:>3} of {steps}, loss {loss.item():.4f}"
-            print(line, end="\r" if is_overwritten else "\n", flush=True)
+            end = "\r" if is_terminal and step < steps else "\n"  # "\r" lets the next overwrite it.
+            print(f"  step {step:>3} of {steps}, loss {loss.item():.4f}", end=end, flush=True)
     return time.perf_counter() - start
 
 
@@ -208,7 +204,8 @@ def what_it_did(name, measured):
     spread = statistics.mean(layer["phi_spread"] for layer in layers)
     return (
         f"{name} acts like LoRA with alpha x {phi:.2f}, the mean of |update| / |BAx| over tokens.\n"
-        f"The spread (± {spread:.2f}) says by how much that differs from token to token."
+        f"The spread (± {spread:.2f}) says by how much it differs from token to token: without a\n"
+        "spread, it would be LoRA with that alpha."
     )
 
 
@@ -217,8 +214,7 @@ def what_it_did(name, measured):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        description="Teach a tiny frozen GPT subtraction, with LoRA and with HypLoRA.",
-        epilog="For --checkpoint and --data, see python -m scaling.finetune --help",
+        description="With --checkpoint or --data, see python -m scaling.finetune --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -258,22 +254,21 @@ def main(argv=None):
     model = GPT().to(args.device)
     how = {"steps": args.base_steps, "batch_size": 128, "lr": 1e-2, "seed": 0}
     train(model, parameters=model.parameters(), sums=additions, **how)
-    row = {"adapter": "none (the base)", "parameters": 0}
-    row["% a-b"] = percent_right(model, new_subtractions)
-    row["% a+b, adapter off"] = percent_right(model, new_additions)
-    rows = [row | {"seconds": 0}]
-    answers = {"sum": [characters(row[:QUESTION]) for row in three]}
-    answers["the base"] = answers_to(model, three)
+    rows = [{"adapter": "none (the base)", "parameters": 0, "seconds": 0}]
+    rows[0]["% a-b"] = percent_right(model, new_subtractions)
+    rows[0]["% a+b, adapter off"] = percent_right(model, new_additions)
+    questions = [characters(row[:QUESTION]) for row in three]
+    answers = {"sum": questions, "the base": answers_to(model, three)}
     conclusions = []
 
     for curvature in dict.fromkeys([math.inf, *args.curvature]):
         if curvature == math.inf:
-            name, what = "LoRA", "the frozen base learns a-b by adding scaling * BAx to its layers"
+            name, why = "LoRA", "A and B beside the frozen base learn a-b, to compare HypLoRA with"
         else:
-            name, what = f"HypLoRA {curvature:g}", "the same, with BAx taken in hyperbolic space"
+            name, why = f"HypLoRA {curvature:g}", "the same, but with BAx taken in hyperbolic space"
         measured = []
         for seed in range(args.seeds):
-            print(f"{name}, seed {seed}: {what}.")
+            print(f"{name}, seed {seed}: {why}.")
             torch.manual_seed(seed)  # LoRA and HypLoRA start alike, and get the same batches.
             options = {"rank": args.rank, "alpha": args.alpha, "curvature": curvature}
             hyplora.inject_hyplora(model, "all-linear", **options)
@@ -282,11 +277,10 @@ def main(argv=None):
             how = {"steps": args.steps, "batch_size": 96, "lr": args.lr, "seed": seed}
             seconds = train(model, parameters=groups, sums=subtractions, **how)
             number = sum(p.numel() for group in groups for p in group["params"])
-            row = {"adapter": name, "parameters": number}
-            row["% a-b"] = percent_right(model, new_subtractions)
+            rows.append({"adapter": name, "parameters": number, "seconds": seconds})
+            rows[-1]["% a-b"] = percent_right(model, new_subtractions)
             with hyplora.disable_hyplora(model):
-                row["% a+b, adapter off"] = percent_right(model, new_additions)
-            rows.append(row | {"seconds": seconds})
+                rows[-1]["% a+b, adapter off"] = percent_right(model, new_additions)
             answers[name] = answers_to(model, three)
             measured.append(hyplora.hyplora_statistics(model, new_subtractions[:, :-1]))
             path = os.path.join(args.out, f"{name.replace(' ', '-')}-{seed}.pt")
@@ -297,10 +291,11 @@ def main(argv=None):
 
     print("\nThree sums that no phase has seen, and what each model answers, in three digits:\n")
     print(markdown(list(answers), zip(*answers.values())))
-    print(f"\nHow often each is right on such sums:\n\n{table(rows)}\n")
+    print(f"\nHow often each is right on all of them:\n\n{table(rows)}\n")
     hyplora.load_hyplora(model, path)
-    print(f"{path}, read back: {percent_right(model, new_subtractions):.1f} % a-b.\n")
-    print("\n".join(conclusions))
+    again = percent_right(model, new_subtractions)
+    print(f"{path}, read back into the frozen base, is right on {again:.1f} % of a-b.\n")
+    print(*conclusions, sep="\n")
     return rows
 
 
