@@ -165,7 +165,7 @@ def train(model, *, parameters, sums, steps, batch_size, lr, seed):
 
 
 def answers_to(model, sums):
-    """The model's answers as one reads them, the highest digit first."""
+    """The model's answers as one reads them."""
     return [characters(answer.flip(0)) for answer in model.answer(sums[:, :QUESTION])]
 
 
@@ -202,11 +202,9 @@ def what_it_did(name, measured):
     layers = [layer for seed in measured for layer in seed.values()]
     phi = statistics.mean(layer["phi"] for layer in layers)
     spread = statistics.mean(layer["phi_spread"] for layer in layers)
-    return (
-        f"{name} acts like LoRA with alpha x {phi:.2f}, the mean of |update| / |BAx| over tokens.\n"
-        f"The spread (± {spread:.2f}) says by how much it differs from token to token: without a\n"
-        "spread, it would be LoRA with that alpha."
-    )
+    return f"""{name} acts like LoRA with alpha x {phi:.2f}, the mean over layers and tokens.
+The spread (± {spread:.2f}) says by how much it differs from token to token. Without a spread,
+HypLoRA would be LoRA with another alpha."""
 
 
 # --- Main ---------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def parse_arguments(argv):
     add("--curvature", type=float, nargs="+", default=[0.5], help="one HypLoRA for each")
     add("--rank", type=int, default=16, help="of the adapters")
     add("--alpha", type=float, default=64.0, help="the updates are scaled by alpha / rank")
-    add("--lr", type=float, default=8e-3, help="peak learning rate of the adapters")
+    add("--lr", type=float, default=6e-3, help="peak learning rate of the adapters")
     add("--steps", type=int, default=400, help="training steps of an adapter")
     add("--base-steps", type=int, default=350, help="training steps of the base")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")
@@ -242,7 +240,7 @@ def main(argv=None):
         return finetune.main(argv)
     args = parse_arguments(argv)
     os.makedirs(args.out, exist_ok=True)
-    torch.set_num_threads(1)  # Two threads would only wait for each other over tensors this small.
+    torch.set_num_threads(1)  # Two would only wait for each other over tensors this small.
     additions = make_sums("+", held_out=False).to(args.device)
     subtractions = make_sums("-", held_out=False).to(args.device)
     new_additions = make_sums("+", held_out=True).to(args.device)
@@ -289,12 +287,11 @@ def main(argv=None):
         if curvature < math.inf:
             conclusions.append(what_it_did(name, measured))
 
-    print("\nThree sums that no phase has seen, and what each model answers, in three digits:\n")
+    print("\nWhat each model answers to three sums that no phase has seen, in three digits:\n")
     print(markdown(list(answers), zip(*answers.values())))
-    print(f"\nHow often each is right on all of them:\n\n{table(rows)}\n")
+    print(f"\nHow often they are right, over all such sums:\n\n{table(rows)}\n")
     hyplora.load_hyplora(model, path)
-    again = percent_right(model, new_subtractions)
-    print(f"{path}, read back into the frozen base, is right on {again:.1f} % of a-b.\n")
+    print(f"Read back from {path}: {percent_right(model, new_subtractions):.1f} % a-b.\n")
     print(*conclusions, sep="\n")
     return rows
 

@@ -1,6 +1,7 @@
 """The toy: its sums, its model, and the whole script at its smallest."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,64 +11,72 @@ import train_minimal
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("task", train_minimal.TASKS)
-def test_sums_are_right_and_held_out_pairs_are_apart(task):
+@pytest.mark.parametrize("sign", "+-")
+def test_sums_are_right_and_held_out_pairs_are_apart(sign):
     pairs = {}
     for held_out in (True, False):
-        generator = torch.Generator().manual_seed(0)
-        numbers = train_minimal.pairs_of_numbers(held_out)
-        sums = train_minimal.make_sums(task, numbers, generator)
-        for row in sums[::17].tolist():
-            question, answer = train_minimal.show(row).split("=")
-            terms = question.replace("-", "+-").split("+")
-            assert sum(int(term) for term in terms) == int(answer) and len(answer) == 3
-        texts = [train_minimal.show(row) for row in sums.tolist()]
-        pairs[held_out] = {frozenset((text[:2], text[3:5])) for text in texts}
+        sums = train_minimal.make_sums(sign, held_out)
+        pairs[held_out] = set()
+        for row in sums:
+            question = train_minimal.characters(row[:6])
+            a, b = re.fullmatch(r"(\d\d)[+-](\d\d)=", question).groups()
+            answer = train_minimal.characters(row[6:].flip(0))
+            expected = {"+": int(a) + int(b), "-": int(a) - int(b)}[question[2]]
+            assert question[2] == sign and len(answer) == 3 and int(answer) == expected
+            pairs[held_out].add(frozenset((a, b)))
     assert not pairs[True] & pairs[False] and len(pairs[True] | pairs[False]) == 5050
+    assert 0.08 < len(pairs[True]) / 5050 < 0.12
 
 
 def test_the_worked_example_of_the_encoding():
-    row = train_minimal.make_sums("add", torch.tensor([[12, 34]]), torch.Generator())[0]
-    assert row.tolist() == [1, 2, 10, 3, 4, 12, 6, 4, 0]
-    assert train_minimal.show(row.tolist()) == "12+34=046"
+    expected = [1, 2, 10, 3, 4, 12, 6, 4, 0]
+    rows = [train_minimal.make_sums("+", held_out).tolist() for held_out in (True, False)]
+    assert expected in rows[0] + rows[1]
+    assert train_minimal.characters(torch.tensor(expected)) == "12+34=640"
 
 
 def test_answers_are_the_most_likely_digits_and_no_token_sees_a_later_one():
     torch.manual_seed(0)
-    model = train_minimal.GPT(width=16, layers=1, heads=4)
+    model = train_minimal.GPT()
     for weight in model.parameters():
-        torch.nn.init.normal_(weight)
+        torch.nn.init.normal_(weight, std=0.2)
     questions = torch.randint(13, (3, 6))
-    longer = model.answer(questions)
+    answers = model.answer(questions)
+    longer = torch.cat([questions, answers], dim=1)
     for digit in range(3):
         expected = model(longer[:, : 6 + digit])[:, -1].argmax(dim=-1)
-        assert torch.equal(longer[:, 6 + digit], expected)
+        assert torch.equal(answers[:, digit], expected)
     torch.testing.assert_close(model(longer)[:, :6], model(questions))
 
 
-def test_rotary_positions_are_relative():
-    q, k = torch.randn(2, 1, 1, 5, 8)
-    here = torch.arange(5)
-    scores = train_minimal.rotate(q, here) @ train_minimal.rotate(k, here).transpose(-1, -2)
-    later = train_minimal.rotate(q, here + 7) @ train_minimal.rotate(k, here + 7).transpose(-1, -2)
-    torch.testing.assert_close(scores, later)
-    assert not torch.allclose(scores, q @ k.transpose(-1, -2), atol=1e-3)
+def test_answers_are_scored_by_all_three_digits():
+    sums = train_minimal.make_sums("+", held_out=True)[:4]
+
+    class Half(train_minimal.GPT):
+        def answer(self, questions):
+            wrong = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]])
+            return (sums[:, 6:] + wrong) % 10
+
+    assert train_minimal.percent_right(Half(), sums) == 50
+    assert train_minimal.answers_to(Half(), sums)[2][0] != "0"
 
 
-SMALL = "--width 16 --layers 1 --base-steps 8 --steps 6 --batch-size 16".split()
+SHORT = "--base-steps 8 --steps 6".split()
 
 
 def test_the_script_at_its_smallest(tmp_path, capsys):
-    argv = [*SMALL, "--seeds", "2", "--curvature", "0.5", "1", "--out", str(tmp_path)]
+    argv = [*SHORT, "--seeds", "2", "--curvature", "0.5", "inf", "1", "--out", str(tmp_path)]
     rows = train_minimal.main(argv)
     names = [row["adapter"] for row in rows]
     assert names[1:] == 2 * ["LoRA"] + 2 * ["HypLoRA 0.5"] + 2 * ["HypLoRA 1"]
-    assert len({row["% add, adapter off"] for row in rows}) == 1
+    assert len({row["% a+b, adapter off"] for row in rows}) == 1
     assert rows[3]["parameters"] == rows[1]["parameters"] + 7  # one K for each layer
-    printed = capsys.readouterr().out
-    assert "± " in printed and "mean and spread:\n  q_proj     1." in printed
-    assert "loaded into the frozen base, answers " in printed
-    assert len(list(tmp_path.glob("subtract-*.pt"))) == 6
+    printed, errors = capsys.readouterr()
+    assert errors == "" and "\r" not in printed and printed.count("step   6 of 6") == 6
+    assert len(re.findall(r"acts like LoRA with alpha x 1\.\d\d,", printed)) == 2
+    assert len(re.findall(r"^\| \d\d-\d\d=( \| \d{3}){4} \|$", printed, re.MULTILINE)) == 3
+    score = re.search(r"Read back from .*HypLoRA-1-1.pt: (.*) % a-b", printed)[1]
+    assert score == f"{rows[-1]['% a-b']:.1f}" and len(list(tmp_path.glob("*.pt"))) == 6
     again = train_minimal.main(argv)
     for first, second in zip(rows, again):  # The same seeds give the same table.
         first.pop("seconds")
@@ -75,13 +84,18 @@ def test_the_script_at_its_smallest(tmp_path, capsys):
         assert first == second
 
 
-def test_calibration_can_be_left_out(tmp_path):
-    train_minimal.main([*SMALL, "--out", str(tmp_path / "measured")])
-    train_minimal.main([*SMALL, "--no-calibrate", "--out", str(tmp_path / "guessed")])
-    files = [tmp_path / kind / "subtract-HypLoRA-0.5-0.pt" for kind in ("measured", "guessed")]
-    measured, guessed = (torch.load(file, weights_only=True)["tensors"] for file in files)
-    name = "blocks.0.mlp.down_proj.lora_unit"
-    assert guessed[name].item() == pytest.approx(42**0.5) != measured[name].item()
+def test_a_terminal_overwrites_the_progress(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    train_minimal.main([*SHORT, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("\r") == 7 + 5 + 5
+    assert re.findall(r"step +(\d+) of \d, loss \d\.\d{4}\n", printed) == ["8", "6", "6"]
+
+
+def test_a_run_of_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_minimal.main(["--seeds", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_a_real_model_is_handed_over(monkeypatch):
@@ -95,9 +109,16 @@ def test_a_real_model_is_handed_over(monkeypatch):
 
 def test_the_table_has_a_mean_and_a_spread_over_seeds():
     rows = [
-        {"adapter": "none", "%": 0.0},
-        {"adapter": "A", "%": 90.0},
-        {"adapter": "A", "%": 100.0},
+        {"adapter": "none", "parameters": 0, "%": 0.0},
+        {"adapter": "A", "parameters": 7, "%": 90.0},
+        {"adapter": "A", "parameters": 7, "%": 100.0},
     ]
     lines = train_minimal.table(rows).splitlines()
-    assert lines[2:] == ["| none | 0.0 |", f"| A | 95.0 ± {math.sqrt(50):.1f} |"]
+    assert lines[2:] == ["| none | 0 | 0.0 |", f"| A | 7 | 95.0 ± {math.sqrt(50):.1f} |"]
+
+
+def test_the_effect_is_the_mean_over_layers_and_seeds():
+    first = {"a": {"phi": 1.1, "phi_spread": 0.3}, "b": {"phi": 1.2, "phi_spread": 0.1}}
+    second = {"a": {"phi": 1.3, "phi_spread": 0.0}, "b": {"phi": 1.6, "phi_spread": 0.0}}
+    said = train_minimal.what_it_did("HypLoRA 1", [first, second])
+    assert said.startswith("HypLoRA 1 acts like LoRA with alpha x 1.30,") and "(± 0.10)" in said
