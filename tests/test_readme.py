@@ -3,31 +3,35 @@
 import re
 from pathlib import Path
 
-import pytest
+import torch
+
+import hyplora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def first_import(snippet):
-    return re.search(r"from (torch|transformers)", snippet)[1]
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=first_import)
-def test_the_snippets_run(snippet, tmp_path, monkeypatch):
-    if "from transformers" in snippet:
-        pytest.importorskip("transformers", reason="pip install transformers")
+def test_the_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
+    update, use = SNIPPETS
+    exec(use, {})
+    names = {}
+    exec(update, names)
+    x, A, B = torch.randn(5, 4), torch.randn(2, 4), torch.randn(3, 2)
+    expected = hyplora.hyplora_update(x, A, B, 0.7)
+    torch.testing.assert_close(names["hyplora_update"](x, A, B, 0.7), expected)
 
 
 def test_the_map_of_the_repository_is_true():
-    block = README.split("## A map of the repository")[1].split("##")[0]
-    named = {line.split()[0].rstrip("/") for line in block.splitlines() if line.startswith("    ")}
+    block = README.split("## Try it")[0]
+    lines = [line.split() for line in block.splitlines() if re.match(r"    [a-z_]+(/|\.\w+) ", line)]
     ignored = {"README.md", "LICENSE", "ruff.toml", "runs"}
     present = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
-    assert named == present - ignored
+    assert {words[0].rstrip("/") for words in lines} == present - ignored
+    for name, count, unit, *_ in lines:
+        if unit == "lines":
+            assert len((ROOT / name).read_text().splitlines()) == int(count), name
 
 
 def test_links_lead_somewhere():
