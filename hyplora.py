@@ -2,9 +2,9 @@
 Yang et al., "Hyperbolic Fine-Tuning for Large Language Models", NeurIPS 2025, arXiv 2410.04010.
 
 LoRA adapts a frozen linear layer W with two thin matrices: z = W x + scaling * B A x. HypLoRA takes
-the product with BA in hyperbolic space instead, which curves away from its origin:
+the product with BA in hyperbolic space instead, which widens exponentially around any point:
 
-    z = W x + scaling * logmap0(llr(expmap0(x); B, A)),       scaling = alpha / rank
+    z = W x + scaling * logmap0(llr(expmap0(x))),       scaling = alpha / rank
 
 expmap0 lifts x into that space, llr multiplies it by BA there, and logmap0 brings it back. The
 paper calls K > 0 the curvature; that of the space is -1/K, so that a larger K is flatter. Let
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 # p = (p0, p1, ..., pd) with -p0^2 + p1^2 + ... + pd^2 = -K and p0 > 0. The coordinate p0 is called
 # time, the others are called space. The lowest point, (sqrt K, 0, ..., 0), is the origin, and the
 # vectors of a network live in the tangent space there: the flat space that touches the sheet.
-# K is a number or a tensor of one element, in float32 or wider, which the maps return, too.
+# K is a number or a tensor of one element. The maps compute and return float32 or wider.
 
 
 def lorentz_inner(p, q):
@@ -103,15 +103,15 @@ def radii(x, lora, K):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # An overflow is inf / inf, so NaN, and no token far out.
+    roots = squares / squares.sqrt()  # Like sqrt, but an overflow is NaN, and no token far out.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
 def hyplora_update(x, A, B, K, max_radius=12.0):
     """The same update by the law of sinh: sinh r' = g sinh r.
 
-    No step above reads time, so follow space alone. expmap0 takes x to the radius sinh r, llr
-    multiplies that by the gain g, and logmap0 takes the asinh of the product. What remains is BAx
+    No step of hyplora_reference reads time, so follow space alone. In units of sqrt K, expmap0
+    makes it sinh r long, llr multiplies that by g, and logmap0 takes the asinh. What remains is BAx
     with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, a token beyond
     max_radius is treated as if it lay there (the authors do so, too).
 
@@ -408,7 +408,7 @@ def calibrate_curvature(model, *args, **kwargs):
 def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. While B is 0, phi is 1.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. While B is 0, phi reads 1.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():

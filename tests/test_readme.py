@@ -25,7 +25,8 @@ def test_the_snippets_run(tmp_path, monkeypatch):
 
 def test_the_map_of_the_repository_is_true():
     block = README.split("## Try it")[0]
-    lines = [line.split() for line in block.splitlines() if re.match(r"    [a-z_]+(/|\.\w+) ", line)]
+    rows = re.findall(r"^    ([a-z_]+(?:/|\.\w+) .*)", block, re.MULTILINE)
+    lines = [row.split() for row in rows]
     ignored = {"README.md", "LICENSE", "ruff.toml", "runs"}
     present = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
     assert {words[0].rstrip("/") for words in lines} == present - ignored
