@@ -251,10 +251,11 @@ def find_linear_layers(model, targets):
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]
-        missing = [e for e in endings if not any(f".{name}".endswith(e) for name in names)]
+        missing = [e[1:] for e in endings if not any(f".{name}".endswith(e) for name in names)]
         if missing or isinstance(targets, str):
             here = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"targets must be a list of names out of {here}, got {targets!r}")
+            got = targets if isinstance(targets, str) else missing
+            raise ValueError(f"targets must be 'all-linear' or a list out of {here}, got {got!r}")
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # These never call their layers.
     unused = [name for name in names if isinstance(modules[name.rpartition(".")[0]], readers)]
     if unused and targets != "all-linear":
@@ -312,6 +313,8 @@ def hyplora_layers(model):
 
 def hyplora_parameters(model):
     """What trains, as optimizer groups; lora_K is in one without weight decay."""
+    if not hyplora_layers(model):
+        raise ValueError("the model has no adapters: call inject_hyplora first")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     curvatures = [trained.pop(name) for name in list(trained) if name.endswith("lora_K")]
     groups = [{"params": [*trained.values()]}, {"params": curvatures, "weight_decay": 0.0}]
@@ -380,15 +383,13 @@ def measure_tokens(model, args, kwargs):
 
 
 def calibrate_curvature(model, *args, **kwargs):
-    """Set each layer's lora_unit to the length of a typical token: the median of |x|.
-
-    A mean would be ruled by attention sinks, a few tokens hundreds of times as long as the others.
+    """Set each layer's lora_unit to the length of a typical token, before training: the median of
+    |x|. (A mean would be ruled by attention sinks, hundreds of times as long as other tokens.)
     model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
     does padding, where a keyword attention_mask of the tokens' shape is 0. In torch.distributed,
     all processes call this and get the units of the first. Returns {name: K} of layers that saw a
-    token, and warns of the others. Raises ValueError, with every unit as it was, if no layer saw
-    any or if a length is not finite.
-    """
+    token, and warns of others. Raises ValueError, with no unit changed, if none did, or if a length
+    is not finite."""
     with disable_hyplora(model):
         rows = measure_tokens(model, args, kwargs)
     infinite = [name for name, tokens in rows.items() if not tokens[:, 0].isfinite().all()]
@@ -413,9 +414,8 @@ def hyplora_statistics(model, *args, **kwargs):
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
         n, gain, phi = tokens.mean(dim=0).tolist()
-        root = hyplora_layers(model)[name].K.item() ** 0.5
-        spread = tokens[:, 2].std(correction=0).item()
-        result[name] = dict(radius=n / root, gain=gain, phi=phi, phi_spread=spread)
+        row = dict(radius=n / hyplora_layers(model)[name].K.item() ** 0.5, gain=gain, phi=phi)
+        result[name] = row | {"phi_spread": tokens[:, 2].std(correction=0).item()}
     return result
 
 
@@ -469,7 +469,7 @@ def save_hyplora(model, path, tensors=None):
         warnings.warn(f"not trained, or never called by their owner: {fresh}", stacklevel=2)
     frozen = {name: p for name, p in model.named_parameters() if name not in tensors}
     lost = [n for n, p in frozen.items() if getattr(p, "hyplora_version", p._version) < p._version]
-    if lost:
+    if 0 < len(lost) < len(frozen):  # DDP's first broadcast writes to all of them.
         warnings.warn(f"changed, but frozen and so not saved: {lost}", stacklevel=2)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
         whole = os.path.join(folder, "adapter.pt")

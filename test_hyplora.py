@@ -152,6 +152,8 @@ def test_K_is_in_an_optimizer_group_without_weight_decay():
     assert len(weights["params"]) == 8 and [p.shape for p in curvatures["params"]] == 4 * [(1,)]
     groups = torch.optim.AdamW([weights, curvatures], weight_decay=0.1).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    with pytest.raises(ValueError, match="call inject_hyplora first"):
+        hyplora.hyplora_parameters(Toy())
 
 
 # --- geometry -----------------------------------------------------------------------------------
@@ -389,7 +391,7 @@ def test_an_option_out_of_range_is_refused_and_changes_nothing(option):
 def test_a_target_that_names_nothing_or_a_second_adapter_is_refused():
     model, before = Toy(), snapshot(Toy())
     for targets in (["q_porj"], ["q_proj", "embed"], "q_proj", []):
-        with pytest.raises(ValueError, match="list of names|no layer"):
+        with pytest.raises(ValueError, match="a list out of|no layer"):
             hyplora.inject_hyplora(model, targets)
     assert_unchanged(model, before)
     before = snapshot(adapted(model))

@@ -546,7 +546,7 @@ def print_tables(rows, path):
 
 
 def draw(path, panels, **options):
-    """A picture of {title: {label: {x: the ys of several runs}}}, with their medians."""
+    """A picture of {title: {label: {x: the ys of several runs}}}, with their means."""
     from matplotlib import pyplot as plt
 
     lines = math.ceil(len(panels) / 2)
@@ -554,15 +554,17 @@ def draw(path, panels, **options):
     for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
         for label, curve in sorted(curves.items()):
             xs = sorted(curve)
-            axis.plot(xs, [statistics.median(curve[x]) for x in xs], marker=".", label=label)
+            axis.plot(xs, [statistics.mean(curve[x]) for x in xs], marker=".", label=label)
         axis.set(title=title, **options)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
 def draw_pictures(rows, folder):
-    """The tuning curves, and the median of phi by block after the tuning runs of HypLoRA."""
+    """The tuning curves, and phi by block after the tuning runs of HypLoRA."""
     losses = {}
     phis = {}
     for row in rows.values():
@@ -576,10 +578,10 @@ def draw_pictures(rows, folder):
                 curve = phis.setdefault(title, {}).setdefault(layer.rpartition(".")[2], {})
                 block = int(re.search(r"\.(\d+)\.", layer)[1])
                 curve.setdefault(block, []).append(phi)
-    ylabel = "validation loss, median of seeds"
-    draw(Path(folder, "comparison_rates.png"), losses, xlabel="rate", ylabel=ylabel, xscale="log")
-    ylabel = "phi, median of tokens, seeds and rates"
-    draw(Path(folder, "comparison_phi.png"), phis, xlabel="block", ylabel=ylabel)
+    labels = dict(xlabel="rate x 1000", ylabel="validation loss, mean of seeds")
+    draw(Path(folder, "comparison_rates.png"), losses, **labels)
+    labels = dict(xlabel="block", ylabel="phi: median of tokens, mean of runs")
+    draw(Path(folder, "comparison_phi.png"), phis, **labels)
 
 
 def main():
