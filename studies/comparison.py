@@ -326,8 +326,8 @@ def work(setting, seed, folder):
     row = name_of(setting) | {"seed": seed, "date": str(datetime.date.today())}
     row["machine"] = machine(DEVICE)
     model = load(setting["model"])
-    if setting["steps"]:
-        run = Run(setting, seed, records)
+    run = Run(setting, seed, records) if setting["steps"] else None
+    if run:
         run.train(setting["rate"])
         model = run.model
         if setting["sets"] == ["validation"] and hyplora.hyplora_layers(model):
@@ -340,8 +340,9 @@ def work(setting, seed, folder):
             row[name]["hits"] = "".join(map(str, hits))
         if not setting["steps"]:
             row[name]["tokens"] = tokens
-    del model
-    gc.collect()  # A CUDA graph keeps its memory until it goes.
+    del model, run
+    gc.collect()
+    torch.cuda.empty_cache()  # The other processes need the memory.
     return row
 
 
