@@ -3,18 +3,15 @@
 The models have the shapes of published ones, random weights and one frozen base for all contenders.
 The adapters are the paper's: q, k, v, up and down, rank 32, in float32, which is PEFT's default.
 Contenders take turns, and the order moves on by one each round. A ratio is the median over rounds
-of the ratio within a round, with the quartiles.
+of the ratio within a round, with the quartiles. Needs transformers and peft.
 
-    python -m studies.cost step --shape 7b --batch 2 4 --out step_7b.json
-    python -m studies.cost decode --shape 7b --batch 1 32 --out decode_7b.json
-    python -m studies.cost step --shape toy --length 16          # on a CPU: seconds
+    python -m studies.cost step --shape 7b --batch 2 --out step_7b.json
     torchrun --nproc-per-node 4 -m studies.cost processes --shape 7b --batch 2 --out processes.json
-    python -m studies.cost --table *.json --results studies/RESULTS.md
 
 step measures a training step: its time, its kernels (whatever runs on the GPU) and its peak of
 memory. decode measures a token of greedy generation, launched by the host and as a CUDA graph.
 processes trains on as many processes as torchrun started, with the whole base on each (DDP) and
-spread over them (FSDP2). --table prints the tables of raw results. Needs transformers and peft.
+spread over them (FSDP2). --table prints the tables of such files.
 """
 
 import argparse
@@ -28,12 +25,9 @@ import resource
 import statistics
 import sys
 import time
-import warnings
 
 import peft
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import transformers
 
 from hyplora import inject_hyplora
@@ -69,9 +63,6 @@ def build(shape, device=DEVICE):
     return model.requires_grad_(False)
 
 
-# --- Contenders ---------------------------------------------------------------------------------
-
-
 def adapt(model, name):
     """The model with the adapters of a contender."""
     if name in ("PEFT's LoRA", "PEFT's DoRA"):
@@ -95,12 +86,9 @@ class Contender:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda")
 
     def step(self, ids):
-        """One training step."""
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        loss.backward()
+        self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
 
 def contend(names, shape):
@@ -111,9 +99,6 @@ def contend(names, shape):
         shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
         contenders[name] = Contender(adapt(copy.deepcopy(base, shared), name))
     return contenders
-
-
-# --- Measuring ----------------------------------------------------------------------------------
 
 
 def seconds_of(call, *arguments, times=1):
@@ -172,6 +157,7 @@ def measure_step(names, shape, ids, rounds):
 @torch.no_grad()
 def generate(model, ids):
     """Greedy decoding with a growing cache. Returns the seconds of a token after the prompt."""
+    model.eval()
     cache = model(input_ids=ids, use_cache=True).past_key_values
     token = ids[:, -1:]
 
@@ -199,23 +185,20 @@ def replay(model, ids):
 def measure_decode(names, shape, ids, rounds):
     """{name: {"token": seconds of a token in each round, "graph": the same as a CUDA graph}}"""
     contenders = contend(names, shape)
-    times = in_turns(lambda one: generate(one.model, ids), contenders, rounds)
-    results = {name: {"token": seconds} for name, seconds in times.items()}
-    if DEVICE == "cuda":
-        times = in_turns(lambda one: replay(one.model, ids), contenders, rounds)
-        for name in names:
-            results[name]["graph"] = times[name]
-    return results
+    token = in_turns(lambda one: generate(one.model, ids), contenders, rounds)
+    if DEVICE != "cuda":
+        return {name: {"token": token[name]} for name in names}
+    graph = in_turns(lambda one: replay(one.model, ids), contenders, rounds)
+    return {name: {"token": token[name], "graph": graph[name]} for name in names}
 
 
-# --- Several processes --------------------------------------------------------------------------
-
-
-def in_processes(name, shape, is_spread):
-    """A contender on each process, with the whole base or, where is_spread, with a part of it."""
-    if not is_spread:
+def in_processes(name, shape, layout):
+    """A contender on each process, with the "whole" base or, "spread", with a part of it."""
+    if layout == "whole":
         model = adapt(build(shape), name)
-        return Contender(nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model)
+        if PROCESSES > 1:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        return Contender(model)
     whole = None
     if RANK == 0:  # It alone has the whole model, on its host. Numbers do not matter, only sizes.
         whole = adapt(build(shape, "meta").to_empty(device="cpu"), name)
@@ -227,9 +210,9 @@ def in_processes(name, shape, is_spread):
 def measure_processes(names, shape, ids, rounds):
     """One row for each contender and layout: {"seconds": of each round, peaks in bytes}."""
     results = {}
-    layouts = {"whole": False, "spread": True} if PROCESSES > 1 else {"whole": False}
+    layouts = ["whole", "spread"] if PROCESSES > 1 else ["whole"]
     for name, layout in itertools.product(names, layouts):
-        contender = in_processes(name, shape, layouts[layout])
+        contender = in_processes(name, shape, layout)
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = [seconds_of(contender.step, ids) for _ in range(rounds + 2)]
@@ -245,26 +228,19 @@ def measure_processes(names, shape, ids, rounds):
     return results
 
 
-# --- Tables -------------------------------------------------------------------------------------
-
-
-def ratio(own, theirs):
-    """The median over rounds of time over time, with the quartiles."""
-    return median_and_quartiles([a / b for a, b in zip(own, theirs)])
-
-
-def make_row(name, results, tokens):
-    """The row of a contender. tokens: those of a step."""
-    own = results[name]
-    row = {"": name}
+def make_row(own, record):
+    """The row of a contender with these results, which are among those of the record."""
+    results = record["results"]
+    row = {}
     for key, label in (("step", "step"), ("token", "token"), ("graph", "token as a CUDA graph")):
         if key in own:
             row[f"ms a {label}"] = f"{1e3 * statistics.median(own[key]):.1f}"
             for baseline in ("PEFT's LoRA", "our LoRA"):
-                if baseline in results:
-                    row[f"{key} over {baseline}"] = ratio(own[key], results[baseline][key])
+                if baseline in results:  # A ratio is taken within a round.
+                    ratios = [a / b for a, b in zip(own[key], results[baseline][key])]
+                    row[f"{key} over {baseline}"] = median_and_quartiles(ratios)
     if "step" in own:
-        row["tokens/s"] = f"{tokens / statistics.median(own['step']):,.0f}"
+        row["tokens/s"] = f"{record['tokens'] / statistics.median(own['step']):,.0f}"
     if "peak" in own:
         row["kernels"] = f"{own['kernels']:,}"
         row["GPU busy, ms"] = f"{1e3 * own['busy']:.1f}"
@@ -275,10 +251,9 @@ def make_row(name, results, tokens):
     return row
 
 
-def row_of_processes(name, own):
+def row_of_processes(own, record):
     main, *others = [f"{host / 2**30:.1f}" for host in own["hosts"]]
     return {
-        "": name,
         "processes": own["count"],
         "tokens/s": f"{own['tokens'] / statistics.median(own['seconds']):,.0f}",
         "ms a step": f"{1e3 * statistics.median(own['seconds']):.0f}",
@@ -290,21 +265,20 @@ def row_of_processes(name, own):
 
 def print_table(record, path=None):
     """Print the table of a record of raw results, and write it into the Markdown file at path."""
-    results = record["results"]
-    if "processes" in record["title"]:
-        rows = [row_of_processes(name, own) for name, own in results.items()]
-    else:
-        rows = [make_row(name, results, record["tokens"]) for name in results]
+    rows = []
+    for name, own in record["results"].items():
+        make = row_of_processes if "hosts" in own else make_row
+        rows.append({"": name, **make(own, record)})
     body = f"{record['stamp']}\n\n{markdown(rows)}"
     print(f"\n## {record['title']}\n\n{body}", flush=True)
     if path:
         write_section(path, record["title"], body)
 
 
-PARTS = {  # what measures it, and what its title calls it
-    "step": (measure_step, "of a training step"),
-    "decode": (measure_decode, "of a generated token"),
-    "processes": (measure_processes, f"on {PROCESSES} processes"),
+PARTS = {  # what measures it, and its title
+    "step": (measure_step, "Cost of a training step: {}"),
+    "decode": (measure_decode, "Cost of a generated token: {}"),
+    "processes": (measure_processes, f"Cost on {PROCESSES} processes: {{}} each"),
 }
 
 
@@ -312,7 +286,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", nargs="?", choices=list(PARTS), default="step")
     parser.add_argument("--shape", choices=list(SHAPES), default="toy")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence of a step")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
@@ -325,24 +299,21 @@ def main():
             for record in json.loads(pathlib.Path(path).read_text()):
                 print_table(record, args.results)
         return
-    torch.manual_seed(0)
-    warnings.filterwarnings("ignore")
     start_processes(torch.device(DEVICE))
     command = f"python -m studies.cost {' '.join(sys.argv[1:])}"
-    head = stamp(command, DEVICE, (transformers, peft))
-    measure, what = PARTS[args.part]
+    measure, title = PARTS[args.part]
     length = PROMPT if args.part == "decode" else args.length
-    each = " each" if args.part == "processes" else ""
-    records = []
-    for batch in args.batch:
-        title = f"Cost {what}: {args.shape}, {batch} x {length} tokens{each}"
-        ids = torch.randint(SHAPES[args.shape]["vocab_size"], (batch, length), device=DEVICE)
-        results = measure(args.only, args.shape, ids, args.rounds)
-        records.append(dict(title=title, stamp=head, tokens=ids.numel(), results=results))
-        if RANK == 0:
-            print_table(records[-1], args.results)
-            if args.out:
-                pathlib.Path(args.out).write_text(json.dumps(records, indent=1))
+    ids = torch.randint(SHAPES[args.shape]["vocab_size"], (args.batch, length), device=DEVICE)
+    record = {
+        "title": title.format(f"{args.shape}, {args.batch} x {length} tokens"),
+        "stamp": stamp(command, DEVICE, (transformers, peft)),
+        "tokens": ids.numel(),
+        "results": measure(args.only, args.shape, ids, args.rounds),
+    }
+    if RANK == 0:
+        print_table(record, args.results)
+        if args.out:
+            pathlib.Path(args.out).write_text(json.dumps([record], indent=1))
 
 
 if __name__ == "__main__":

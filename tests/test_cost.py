@@ -32,4 +32,6 @@ def test_every_contender_has_a_row_and_its_raw_results(monkeypatch, tmp_path, ca
 
 
 def test_a_ratio_is_taken_within_rounds():
-    assert cost.ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == "3.00 (2.50 to 3.50)"
+    results = {"our LoRA": {"token": [1.0, 10.0, 1.0]}, "HypLoRA": {"token": [2.0, 40.0, 3.0]}}
+    row = cost.make_row(results["HypLoRA"], {"results": results, "tokens": 1})
+    assert row == {"ms a token": "3000.0", "token over our LoRA": "3.00 (2.50 to 3.50)"}
