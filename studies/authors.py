@@ -77,39 +77,33 @@ def draw():
     return x, A, B
 
 
-def lora_update(x, A, B, curvature):
-    """LoRA's, which has no curvature."""
-    return x @ A.T @ B.T
-
-
-def median_length(update):
-    return update.norm(dim=-1).median().item()
-
-
 LAYERS = {
-    "LoRA": lora_update,
+    "LoRA": lambda x, A, B, curvature: x @ A.T @ B.T,
     "formula": formula_update,
     "hyplora": authors_update,
     "simplified": simplified_update,
 }
 
 
-def length_rows(x, A, B):
+def length(layer, curvature, size=1, factor=1):
+    """The median length of the updates of factor * x, when B is size times what draw gives."""
+    x, A, B = draw()
+    return LAYERS[layer](factor * x, A, size * B, curvature).norm(dim=-1).median().item()
+
+
+def length_rows():
     """Length of the update as B grows."""
-    columns = {"LoRA": (lora_update, None)}
+    columns = {"LoRA": ("LoRA", None)}
     for curvature in (0.5, 1.0):
         for name in ("formula", "hyplora", "simplified"):
-            columns[f"{name}, {curvature}"] = (LAYERS[name], curvature)
-
-    def length(size, column):
-        update, curvature = columns[column]
-        return f"{median_length(update(x, A, size * B, curvature)):.2e}"
-
-    return grid((1e-8, 1e-6, 1e-4, 0.01, 0.1, 1, 10), columns, length)
+            columns[f"{name}, {curvature}"] = (name, curvature)
+    sizes = (1e-8, 1e-6, 1e-4, 0.01, 0.1, 1, 10)
+    return grid(sizes, columns, lambda size, column: f"{length(*columns[column], size):.2e}")
 
 
-def gradient_rows(x, A, B):
+def gradient_rows():
     """The gradient of B at B = 0 and a little away from it, for a random linear loss."""
+    x, A, B = draw()
     target = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     columns = {f"{k}, B = {size}": (k, size) for k in (0.5, 1.0) for size in (0, 0.01)}
 
@@ -122,20 +116,18 @@ def gradient_rows(x, A, B):
     return grid(LAYERS, columns, gradient)
 
 
-def norm_rows(x, A, B):
+def norm_rows():
     """Length of the update as a token grows, BA fixed, over its length for a typical token."""
     columns = {
-        "formula, 1.0": (formula_update, 1.0, B),
-        "hyplora, 1.0": (authors_update, 1.0, B),
-        "hyplora, 1.0, size 10": (authors_update, 1.0, 10 * B),
-        "simplified, 0.5": (simplified_update, 0.5, B),
-        "simplified, 1.0": (simplified_update, 1.0, B),
+        "formula, 1.0": ("formula", 1.0),
+        "hyplora, 1.0": ("hyplora", 1.0),
+        "hyplora, 1.0, size 10": ("hyplora", 1.0, 10),
+        "simplified, 0.5": ("simplified", 0.5),
+        "simplified, 1.0": ("simplified", 1.0),
     }
 
     def growth(factor, column):
-        update, curvature, B = columns[column]
-        typical = median_length(update(x, A, B, curvature))
-        return f"{median_length(update(factor * x, A, B, curvature)) / typical:.4g}"
+        return f"{length(*columns[column], factor=factor) / length(*columns[column]):.4g}"
 
     return grid((0.01, 0.1, 0.5, 1, 2, 4), columns, growth)
 
@@ -146,20 +138,20 @@ def dead_zone(k):
     return math.sqrt(max(0.0, K * (1 + 1e-6) ** 2 - 1 / K))
 
 
-def number_rows(x, A, B):
+def number_rows():
     """The other numbers in the text of AUTHORS.md."""
     K = effective_curvature(1.0).item()
-    lora = median_length(lora_update(x, A, B, None))
-    own = median_length(authors_update(x, A, B, 1.0))
-    simplified = median_length(simplified_update(x, A, B, 0.5))
+    lora = length("LoRA", None)
+    own = length("hyplora", 1.0)
+    simplified = length("simplified", 0.5)
     numbers = {
         "sqrt(d_in)": f"{math.sqrt(WIDTH):.1f}",
         "|BAx| / |x|": f"{lora / math.sqrt(WIDTH):.2f}",
         "K of hyplora at 0.5": f"{effective_curvature(0.5).item():.3f}",
         "K of hyplora at 1.0": f"{K:.3f}",
         "|y| where the dead zone ends, at 1.0": f"{dead_zone(1.0):.3f}",
-        "hyplora at 1.0, size 10": f"{median_length(authors_update(x, A, 10 * B, 1.0)):.3f}",
-        "formula at that K, size 10": f"{median_length(formula_update(x, A, 10 * B, K)):.3f}",
+        "hyplora at 1.0, size 10": f"{length('hyplora', 1.0, 10):.3f}",
+        "formula at that K, size 10": f"{length('formula', K, 10):.3f}",
         "hyplora, alpha 128, over LoRA, alpha 64": f"{128 / 64 * own / lora:.2e}",
         "simplified, alpha 256, over LoRA, alpha 64": f"{256 / 64 * simplified / lora:.2e}",
         "hyplora, merged over trained": f"{lora / own:.0f}",
@@ -179,7 +171,7 @@ TABLES = {
 def main():
     print(stamp("python -m studies.authors"))
     for title, rows in TABLES.items():
-        print(f"\n## {title}\n\n{markdown(rows(*draw()))}")
+        print(f"\n## {title}\n\n{markdown(rows())}")
 
 
 if __name__ == "__main__":
