@@ -1,7 +1,6 @@
 """Tables, intervals and stamps: what every study prints, in Markdown."""
 
 import datetime
-import os
 import platform
 import re
 import subprocess
@@ -20,7 +19,7 @@ def markdown(rows):
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     lines += [[row.get(column, "") for column in columns] for row in rows]
-    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines]
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
@@ -31,8 +30,7 @@ def grid(names, columns, cell):
 
 def mean_and_spread(values, digits=3):
     """The mean of numbers and their standard deviation: how far they lie apart."""
-    values = np.asarray(values, dtype=float)
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def mean_and_interval(values, digits=4):
@@ -76,33 +74,21 @@ def machine(device="cpu"):
     return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def commit():
-    """The commit of this checkout, "-dirty" where files were changed since, or "no commit"."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # There is no git.
-        return "no commit"
-    return f"commit {found.stdout.strip()}" if found.returncode == 0 else "no commit"
-
-
 def stamp(command, device="cpu", libraries=()):
     """When, where, with what and by which command: the line above what a study prints."""
     versions = [f"{library.__name__} {library.__version__}" for library in (torch, *libraries)]
-    where = f"{datetime.date.today()}, {machine(device)}, {commit()}"
+    describe = "git describe --always --dirty --exclude='*' || echo unknown"
+    options = dict(shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(describe, **options).stdout.strip()
+    where = f"{datetime.date.today()}, {machine(device)}, commit {commit}"
     return f"{where}, {', '.join(versions)}. `{command}`"
 
 
 def write_section(path, title, body):
-    """Replace the section "## title" of a Markdown file where it stands, or append it.
-
-    The rest of the file stays as it is, and a crash leaves the old file or the new one, whole.
-    """
+    """Replace the section "## title" of a Markdown file where it stands, or append it."""
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     old = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     before, after = (text[: old.start()], text[old.end() :]) if old else (text, "")
     text = f"{before.rstrip()}\n\n## {title}\n\n{body.strip()}\n\n{after}".rstrip() + "\n"
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    path.write_text(text, encoding="utf-8")
