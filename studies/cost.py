@@ -51,6 +51,7 @@ SHAPES = {
     "135m": dict(zip(NAMES, ("llama", 576, 30, 9, 3, 1536, 49152, True))),  # SmolLM2-135M
     "1.5b": dict(zip(NAMES, ("qwen2", 1536, 28, 12, 2, 8960, 151936, True))),  # Qwen2.5-1.5B
     "7b": dict(zip(NAMES, ("qwen2", 3584, 28, 28, 4, 18944, 152064, False))),  # Qwen2.5-7B
+    "70b": dict(zip(NAMES, ("llama", 8192, 80, 64, 8, 28672, 128256, False))),  # Llama 3.1 70B
 }
 
 
@@ -211,6 +212,8 @@ def measure_processes(names, shape, ids, rounds):
     """One row for each contender and layout: {"seconds": of each round, peaks in bytes}."""
     results = {}
     layouts = ["whole", "spread"] if PROCESSES > 1 else ["whole"]
+    if shape == "70b":
+        layouts = ["spread"]  # No GPU holds it whole.
     for name, layout in itertools.product(names, layouts):
         contender = in_processes(name, shape, layout)
         if DEVICE == "cuda":
