@@ -24,7 +24,12 @@ import transformers
 from conftest import write_folder, write_sums
 
 from studies import authors, comparison, embeddings, geometry, nulls, tables
-from studies.geometry import delta_hyperbolicity, power_law_exponent, power_law_p_value
+from studies.geometry import (
+    delta_hyperbolicity,
+    euclidean_distances,
+    power_law_exponent,
+    power_law_p_value,
+)
 
 torch.set_num_threads(1)  # The tensors are tiny: threads would only wait for each other.
 
