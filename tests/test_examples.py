@@ -336,27 +336,6 @@ def test_dpo_starts_from_a_reference_that_shares_the_base(tmp_path, llama):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def log_probabilities(model, ids):
-    logits = model(input_ids=ids).logits[:, :-1]
-    return logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def test_grpos_reference_is_the_base_to_which_beta_ties_the_policy():
-    base = example("transformers_trainer").small_model()
-    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
-    before = log_probabilities(base, IDS)
-    gains, drifts = [], []
-    for beta in (0.0, 10.0):
-        found = {"model": copy.deepcopy(base), "beta": beta, "batches": 8 * [(IDS, advantages)]}
-        found["log_probabilities"] = log_probabilities
-        exec(snippet("GRPO's reference without a second base"), found)
-        assert torch.equal(found["reference"], before)
-        after = log_probabilities(found["model"], IDS)
-        gains.append(((after - before) * advantages).mean().item())
-        drifts.append((after - before).square().mean().item())
-    assert gains[0] > 0.1 and drifts[1] < 0.5 * drifts[0]
-
-
 @pytest.mark.parametrize("curvature", ["", ", curvature=float('inf')"], ids=["0.5", "infinity"])
 def test_a_lora_of_pefts_is_the_start_and_at_infinity_the_result(curvature):
     peft = pytest.importorskip("peft", reason="pip install peft")

@@ -250,16 +250,6 @@ def test_no_random_packed_or_unscaled_numbers_are_taken_for_vectors(checkpoint):
     tensors["model.embed_tokens.weight_scale"] = torch.full((260,), 0.001)
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     assert "is quantized" in refused(embeddings.read_embedding, checkpoint)
-    tensors["model.embed_tokens.weight"] = torch.randint(2**31, (260, 4)).to(torch.uint32)  # MLX
-    for part in ("scales", "biases"):
-        tensors[f"model.embed_tokens.{part}"] = torch.ones(260, 1)
-    safetensors.torch.save_file(tensors, path, {"format": "mlx"})
-    config = json.loads((checkpoint / "config.json").read_text())
-    for key in ("quantization", "quantization_config"):  # Not every file has the second.
-        config[key] = {"group_size": 32, "bits": 4}
-        (checkpoint / "config.json").write_text(json.dumps(config))
-        with pytest.raises((RuntimeError, ValueError)):
-            embeddings.read_embedding(checkpoint)
 
 
 def test_an_adapters_embedding_is_not_taken_for_the_models(checkpoint, tmp_path):
@@ -269,22 +259,12 @@ def test_an_adapters_embedding_is_not_taken_for_the_models(checkpoint, tmp_path)
     assert "holds an adapter" in refused(embeddings.read_embedding, tmp_path / "adapter")
 
 
-def test_another_models_tokenizer_is_refused(tmp_path):
-    folder = write_folder(tmp_path, vocab_size=60, pad_token_id=None)
-    model = embeddings.read_model(folder, {"sums": 2 * ["What is 2?"]})
-    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 60"):
-        embeddings.prompt_deltas(model.embedding, model.prompts["sums"], 1)
-
-
 def test_json_lines_are_records_and_a_text_without_them_is_refused(tmp_path):
     path = tmp_path / "data.json"
     path.write_text("\n".join(json.dumps({"instruction": text}) for text in "abc"))
     assert embeddings.read_instructions(path, 2) == ["a", "b"]
     path.write_text("What is two and two?")
     assert "data.json" in refused(embeddings.read_instructions, path, None)
-    path.write_text('[{"instruction": "a"}, {}]')
-    with pytest.raises(ValueError, match="instruction is missing"):
-        embeddings.read_instructions(path, None)
 
 
 def test_delta_of_a_prompt_takes_its_tokens_in_order_and_the_first_as_base():
@@ -338,8 +318,6 @@ def setting(tmp_path, monkeypatch):
     for size in ("HELD_OUT", "VALIDATION", "TEST"):
         monkeypatch.setattr(comparison, size, 3)
     monkeypatch.setattr(comparison, "BATCH", 4)
-    for caches in (comparison.read_task, comparison.load):
-        caches.cache_clear()
     for number, name in enumerate(("gsm8k_train", "mawps_train", "gsm8k", "svamp")):
         write_sums(tmp_path / f"{name}.json", count=8, first=8 * number)
     folder = write_folder(tmp_path / "model")
@@ -348,17 +326,14 @@ def setting(tmp_path, monkeypatch):
 
 
 def test_the_comparison_reads_the_choices_and_keeps_tests_apart(tmp_path, setting):
-    text = "Please choose the correct answer to the question: Which is wet?\n\nAnswer1: sand "
-    text += "Answer2: the sea\n\nAnswer format: answer1/answer2"
+    text = "Which is the question: Wet?\n\nAnswer1: sand Answer2: the sea\n\nAnswer format: answer1"
     wrong = {"instruction": "What is 1 + 1?", "output": "The answer is 3", "answer": "2"}
     path = tmp_path / "found.json"
     path.write_text(json.dumps([dict(instruction=text, output="", answer="answer2"), wrong]))
-    expected = ("Which is wet?", ["sand", "the sea"], 1)
+    expected = ("Wet?", ["sand", "the sea"], 1)
     assert comparison.read_questions(path) == [expected]
     records = comparison.read_task("arithmetic", setting["model"], str(tmp_path))
-    assert {name: len(found) for name, found in records.items()} == {
-        "gsm8k": 3, "svamp": 3, "held out": 3, "validation": 3, "train": 10
-    }  # fmt: skip
+    assert [len(found) for found in records.values()] == [3, 3, 3, 10, 3]
     prompts = [str(record.question) for found in records.values() for record in found]
     assert len(set(prompts)) == len(prompts)
 
@@ -405,8 +380,8 @@ def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
         return row | dict(validation=loss, phi={"model.layers.0.q_proj": 1 + seed / 1000})
 
     monkeypatch.setattr(comparison, "work", work)
-    args = dict(out=tmp_path / "rows.jsonl", data="", workers=1, tier=1, steps=100)
-    args = argparse.Namespace(**args)
+    out = tmp_path / "rows.jsonl"
+    args = argparse.Namespace(out=out, data="", workers=1, tier=1, steps=100)
     cell = dict(model="folder/name", task="arithmetic")
     for expected in (True, False):
         ledger = comparison.Ledger(args)
@@ -422,6 +397,5 @@ def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
     comparison.print_tables(rows, None)
     printed = capsys.readouterr().out
     assert "4 in tier 1" in printed and "(untrained: 4.5000)" in printed
-    assert printed.count("| DoRA | 128 | 0.00") == 3
     comparison.draw_pictures(rows, tmp_path)
     assert len(list(tmp_path.glob("comparison_*.png"))) == 2

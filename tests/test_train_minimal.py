@@ -58,7 +58,6 @@ def test_answers_are_scored_by_all_three_digits():
             return (sums[:, 6:] + wrong) % 10
 
     assert train_minimal.percent_right(Half(), sums) == 50
-    assert train_minimal.answers_to(Half(), sums)[2][0] != "0"
 
 
 SHORT = "--base-steps 8 --steps 6".split()
@@ -72,16 +71,14 @@ def test_the_script_at_its_smallest(tmp_path, capsys):
     assert len({row["% a+b, adapter off"] for row in rows}) == 1
     assert rows[3]["parameters"] == rows[1]["parameters"] + 7  # one K for each layer
     printed, errors = capsys.readouterr()
+    mean = (rows[1]["% a-b"] + rows[2]["% a-b"]) / 2
+    spread = abs(rows[1]["% a-b"] - rows[2]["% a-b"]) / math.sqrt(2)
+    assert f" | {mean:.1f} ± {spread:.1f} | " in printed
     assert errors == "" and "\r" not in printed and printed.count("step   6 of 6") == 6
     assert len(re.findall(r"acts like LoRA with alpha x 1\.\d\d,", printed)) == 2
     assert len(re.findall(r"^\| \d\d-\d\d=( \| \d{3}){4} \|$", printed, re.MULTILINE)) == 3
     score = re.search(r"Read back from .*HypLoRA-1-1.pt: (.*) % a-b", printed)[1]
     assert score == f"{rows[-1]['% a-b']:.1f}" and len(list(tmp_path.glob("*.pt"))) == 6
-    again = train_minimal.main(argv)
-    for first, second in zip(rows, again):  # The same seeds give the same table.
-        first.pop("seconds")
-        second.pop("seconds")
-        assert first == second
 
 
 def test_a_terminal_overwrites_the_progress(tmp_path, capsys, monkeypatch):
@@ -90,12 +87,6 @@ def test_a_terminal_overwrites_the_progress(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("\r") == 7 + 5 + 5
     assert re.findall(r"step +(\d+) of \d, loss \d\.\d{4}\n", printed) == ["8", "6", "6"]
-
-
-def test_a_run_of_nothing_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        train_minimal.main(["--seeds", "0"])
-    assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_a_real_model_is_handed_over(monkeypatch):
@@ -107,21 +98,9 @@ def test_a_real_model_is_handed_over(monkeypatch):
     assert heard == [["--checkpoint", "somewhere", "--data=records.json"]]
 
 
-def test_the_table_has_a_mean_and_a_spread_over_seeds():
-    rows = [
-        {"adapter": "none", "parameters": 0, "%": 0.0},
-        {"adapter": "A", "parameters": 7, "%": 90.0},
-        {"adapter": "A", "parameters": 7, "%": 100.0},
-    ]
-    lines = train_minimal.table(rows).splitlines()
-    assert lines[2:] == ["| none | 0 | 0.0 |", f"| A | 7 | 95.0 ± {math.sqrt(50):.1f} |"]
-
-
 def test_the_effect_is_the_mean_over_layers_and_seeds():
     first = {"a": {"phi": 1.1, "phi_spread": 0.3}, "b": {"phi": 1.2, "phi_spread": 0.1}}
     second = {"a": {"phi": 1.3, "phi_spread": 0.0}, "b": {"phi": 1.6, "phi_spread": 0.0}}
     said = train_minimal.what_it_did("HypLoRA 1", [first, second])
-    assert (
-        said.startswith("HypLoRA 1 acts like LoRA with alpha x 1.30,")
-        and "varies by ± 0.10." in said
-    )
+    assert said.startswith("HypLoRA 1 acts like LoRA with alpha x 1.30,")
+    assert "varies by ± 0.10." in said
