@@ -1,7 +1,7 @@
 """Training over one process or many: DDP, or FSDP2, which spreads the base over them.
 
-A step depends on its number and on the state file alone, so that a run that was stopped and resumed
-ends, bit for bit, where an uninterrupted one does.
+A step depends on its number and the state file alone, so that a run that was stopped and resumed
+ends where an uninterrupted one does. README.md says when this is bit for bit.
 """
 
 import copy
