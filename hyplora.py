@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 
 def lorentz_inner(p, q):
-    """The Lorentz inner product <p, q> = -p0 q0 + p1 q1 + ... + pd qd: two (..., d+1) -> (...)."""
+    """<p, q> = -p0 q0 + p1 q1 + ... + pd qd: two (..., d+1) -> (...). The tests alone call it."""
     return (p[..., 1:] * q[..., 1:]).sum(dim=-1) - p[..., 0] * q[..., 0]
 
 
@@ -99,11 +99,11 @@ def hyplora_reference(x, A, B, K):
 
 
 def radii(x, lora, K):
-    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. length(x) would copy all of x."""
+    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. (length would copy all of x.)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # Like sqrt, but an overflow is NaN, and no token far out.
+    roots = squares / squares.sqrt()  # sqrt, but inf gives NaN: it must not pass as far out.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
@@ -134,13 +134,13 @@ class HypLoRALinear(nn.Module):
     base: nn.Linear, the Conv1D of transformers, or a module with in_features and out_features.
     rank, alpha: the rank of BA; the update is multiplied by scaling = alpha / rank, after logmap0.
     dropout: the share of the adapter's input that is dropped while training.
-    curvature: sets K = curvature * u^2, where u is the length of a typical token at this layer. It
-        has the radius 1/sqrt(curvature) then, so that larger is flatter; math.inf is plain LoRA.
+    curvature: K starts at curvature * u^2, where u is the length of a typical token at this layer,
+        which has the radius 1/sqrt(curvature) then. Larger is flatter; math.inf is plain LoRA.
 
     Parameters, in torch's default dtype: lora_A (rank, in_features), drawn as in LoRA; lora_B
-    (out_features, rank) and lora_K (1,), zero, so that a fresh adapter changes nothing. The buffer
-    lora_unit (1,) is u: sqrt(in_features) until it is calibrated. The output has the base's dtype.
-    Raises TypeError if base is no linear layer, and ValueError if an option is out of range.
+    (out_features, rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, the log
+    of K's change. The buffer lora_unit (1,) is u: sqrt(in_features) until calibrated. Output: the
+    base's dtype. Raises TypeError if base is not linear, ValueError if an option is out of range.
     """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0, curvature=0.5):
@@ -231,7 +231,7 @@ def inject_hyplora(model, targets, **layer_options):
     return names
 
 
-# That was the method. What follows is what inject_hyplora calls.
+# That was the method. The rest of this section is what inject_hyplora calls.
 def features_of(module):
     """(in_features, out_features) of anything that acts as a linear layer, or None."""
     d_in = getattr(module, "in_features", getattr(module, "nx", None))  # nx and nf are those of
@@ -289,7 +289,7 @@ def wrap_layers(model, options, tensors=None):
         if tensors is not None:
             set_hyplora_state_dict(model, tensors)
     except BaseException:
-        replace_modules(model, layers)
+        replace_modules(model, layers)  # remove_hyplora finds what stands in the model.
         remove_hyplora(model)
         for p, flag in flags:
             p.requires_grad_(flag)

@@ -2,7 +2,7 @@
 
 A tiny GPT learns two-digit addition from scratch and is frozen. Adapters then teach it subtraction,
 once as LoRA and once as HypLoRA, from the same start and on the same batches. What is printed is
-how often each is right on numbers that no phase has seen, and what HypLoRA did to the update.
+how often each is right on sums that no phase has seen, and what HypLoRA did to the update.
 
     python train_minimal.py                                 # the sanity check
     python train_minimal.py --seeds 5                       # mean and spread over five seeds
