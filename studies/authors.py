@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hyplora import hyplora_update
-from studies.tables import grid, markdown, stamp
+from studies.tables import grid, markdown, report, stamp
 
 WIDTH = 3584  # Qwen2.5-7B's
 RANK = 32
@@ -171,7 +171,7 @@ TABLES = {
 def main():
     print(stamp("python -m studies.authors"))
     for title, rows in TABLES.items():
-        print(f"\n## {title}\n\n{markdown(rows())}")
+        report(title, markdown(rows()))
 
 
 if __name__ == "__main__":

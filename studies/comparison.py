@@ -39,7 +39,7 @@ import hyplora
 from scaling.scoring import is_right
 from scaling.training import IGNORE
 from studies.authors import authors_update, simplified_update
-from studies.tables import machine, markdown, mean_and_spread, two_way_interval, write_section
+from studies.tables import machine, markdown, mean_and_spread, report, two_way_interval
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -541,9 +541,7 @@ def print_tables(rows, path):
             untrained = sum(sets[name]["losses"]) / sum(sets[name]["tokens"])
             body += f"\n\n**{name}** (untrained: {untrained:.4f})\n\n{markdown(table)}"
         title = f"Comparison: {model}, {task}, {steps} steps"
-        print(f"\n## {title}\n\n{body}")
-        if path:
-            write_section(path, title, body)
+        report(title, body, path)
 
 
 def draw(path, panels, **options):

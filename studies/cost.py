@@ -32,7 +32,7 @@ import transformers
 
 from hyplora import inject_hyplora
 from scaling.training import PROCESSES, RANK, gather, spread, start_processes
-from studies.tables import markdown, median_and_quartiles, stamp, write_section
+from studies.tables import markdown, median_and_quartiles, report, stamp
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LORA_RANK = 32
@@ -272,10 +272,7 @@ def print_table(record, path=None):
     for name, own in record["results"].items():
         make = row_of_processes if "hosts" in own else make_row
         rows.append({"": name, **make(own, record)})
-    body = f"{record['stamp']}\n\n{markdown(rows)}"
-    print(f"\n## {record['title']}\n\n{body}", flush=True)
-    if path:
-        write_section(path, record["title"], body)
+    report(record["title"], f"{record['stamp']}\n\n{markdown(rows)}", path)
 
 
 PARTS = {  # what measures it, and its title

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from scaling.data import read_objects, text_field
 from studies import geometry, nulls
-from studies.tables import grid, markdown, mean_and_interval, mean_and_spread, stamp, write_section
+from studies.tables import grid, markdown, mean_and_interval, mean_and_spread, report, stamp
 
 MODEL = "the model's tokens"
 LEGEND = (
@@ -240,10 +240,7 @@ def main():
     words = [Path(word).name for word in sys.argv[1:]]  # Folders of this machine say nothing.
     head = stamp(" ".join(["python -m studies.embeddings", *words]))
     for title, blocks in sections.items():
-        body = "\n\n".join([head, *blocks])
-        print(f"\n## Embeddings: {title}\n\n{body}")
-        if args.results:
-            write_section(args.results, f"Embeddings: {title}", body)
+        report(f"Embeddings: {title}", "\n\n".join([head, *blocks]), args.results)
     draw_picture(models, by_dimension, args.picture)
 
 

@@ -53,9 +53,8 @@ def two_way_interval(differences, counts, level=0.95, draws=10000):
     seeds = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
     records = generator.multinomial(n_records, [1 / n_records] * n_records, size=draws)
     totals = (seeds @ differences * records).sum(axis=1)
-    low, high = np.quantile(
-        totals / (n_seeds * records @ counts), [0.5 - level / 2, 0.5 + level / 2]
-    )
+    means = totals / (n_seeds * records @ counts)
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return differences.sum() / (n_seeds * np.sum(counts)), low, high
 
 
@@ -84,8 +83,11 @@ def stamp(command, device="cpu", libraries=()):
     return f"{where}, {', '.join(versions)}. `{command}`"
 
 
-def write_section(path, title, body):
-    """Replace the section "## title" of a Markdown file where it stands, or append it."""
+def report(title, body, path=None):
+    """Print the section "## title"; replace it in the Markdown file at path, or append it."""
+    print(f"\n## {title}\n\n{body}", flush=True)
+    if path is None:
+        return
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     old = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
