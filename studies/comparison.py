@@ -1,31 +1,26 @@
 """LoRA, DoRA, HypLoRA and the authors' two layers, trained on real language models and compared.
 
-README.md in this folder has the design. Each method is tuned on validation records with seeds of
-its own, then trained anew with the seeds that are reported. What is finished is appended to a file
-of JSON lines, run by run, so that the same command goes on where it was stopped.
+README.md in this folder has the design. Each finished run is appended to a file of JSON lines, so
+that the same command goes on where it was stopped.
 
     python -m studies.comparison --models SmolLM2 Gemma --data FOLDER --out comparison.jsonl
     python -m studies.comparison --table comparison.jsonl --results RESULTS.md --assets assets
-
-Several processes share a GPU, where a step of training is one CUDA graph.
 """
 
 import argparse
+import asyncio
 import copy
 import datetime
 import functools
 import gc
-import itertools
 import json
 import math
 import multiprocessing
 import random
 import re
 import statistics
-import threading
-import warnings
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +29,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 import hyplora
 from scaling.scoring import is_right
 from scaling.training import IGNORE
 from studies.authors import authors_update, simplified_update
+from studies.cost import DEVICE, LORA_RANK, TARGETS
 from studies.tables import machine, markdown, mean_and_spread, report, two_way_interval
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-LORA_RANK = 32
 BATCH = 16  # records of a step
 CUTOFF = {"arithmetic": 192, "commonsense": 64}  # tokens; longer records are left out
 HELD_OUT = 800
@@ -78,12 +72,12 @@ def read_questions(path):
 
 def encode(records, tokenizer, cutoff):
     """Records of text -> of token ids, without those that are too long. An end token ends each."""
-    prompts = tokenizer([f"Question: {record.question}\nAnswer:" for record in records])
-    texts = [f" {choice}" for record in records for choice in record.choices]
-    answers = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     encoded = []
-    for record, prompt in zip(records, prompts["input_ids"]):
-        choices = [[*next(answers), tokenizer.eos_token_id] for _ in record.choices]
+    for record in records:
+        prompt = tokenizer(f"Question: {record.question}\nAnswer:")["input_ids"]
+        texts = [f" {choice}" for choice in record.choices]
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        choices = [[*answer, tokenizer.eos_token_id] for answer in answers]
         if len(prompt) + max(map(len, choices)) <= cutoff:
             encoded.append(Record(prompt, choices, record.right))
     return encoded
@@ -110,24 +104,24 @@ def read_task(task, model, folder):
 # Each of these is HypLoRA or a layer of the authors'. "control of M" is LoRA whose alpha is
 # multiplied, layer by layer, by the median phi of M.
 
-HYPERBOLIC = {
-    "HypLoRA": dict(curvature=0.5),  # as README says: the median unit, and K learns
-    "HypLoRA, own alpha": dict(curvature=0.5),
-    "HypLoRA, 1.0": dict(curvature=1.0),
-    "HypLoRA, raw K = 0.5": dict(curvature=0.5, unit=1.0),
-    "HypLoRA, radius 1": dict(curvature=1.0, learns=False),
-    "HypLoRA, radius 2": dict(curvature=1 / 4, learns=False),
-    "HypLoRA, radius 4": dict(curvature=1 / 16, learns=False),
-    "HypLoRA, down alone, radius 1": dict(curvature=1.0, learns=False),
-    "HypLoRA, down alone, radius 2": dict(curvature=1 / 4, learns=False),
-    "authors' hyplora": dict(curvature=1.0),
-    "authors' simplified": dict(curvature=0.5),
+CURVATURES = {
+    "HypLoRA": 0.5,  # as README says: the median unit, and K learns
+    "HypLoRA, own alpha": 0.5,
+    "HypLoRA, 1.0": 1.0,
+    "HypLoRA, raw K = 0.5": 0.5,  # The unit is 1.
+    "HypLoRA, radius 1": 1.0,  # K is fixed here and in what follows.
+    "HypLoRA, radius 2": 1 / 4,
+    "HypLoRA, radius 4": 1 / 16,
+    "HypLoRA, down alone, radius 1": 1.0,
+    "HypLoRA, down alone, radius 2": 1 / 4,
+    "authors' hyplora": 1.0,
+    "authors' simplified": 0.5,
 }
 AUTHORS = {"authors' hyplora": 128, "authors' simplified": 256}  # the alpha of their scripts
 TIERS = {
     1: ["HypLoRA", "DoRA"],
     2: ["HypLoRA, 1.0", "HypLoRA, raw K = 0.5", *AUTHORS, "HypLoRA, own alpha"],
-    3: [name for name in HYPERBOLIC if "radius" in name],
+    3: [name for name in CURVATURES if "radius" in name],
 }
 
 
@@ -136,12 +130,8 @@ class AuthorsLinear(hyplora.HypLoRALinear):
 
     def forward(self, input):
         out = self.base(input)
-        x = input.float()
         k = self.options["curvature"] + self.lora_K
-        if self.lora_scale is None:
-            update = simplified_update(x, self.lora_A, self.lora_B, k)
-        else:
-            update = authors_update(x, self.lora_A, self.lora_B, k, self.lora_scale)
+        update = self.update(input.float(), self.lora_A, self.lora_B, k)
         return out + (self.scaling * update).to(out.dtype)
 
 
@@ -150,34 +140,30 @@ def adapt(model, setting, inputs):
     method = setting["method"]
     alpha = setting["alpha"]
     targets = ["down_proj"] if "down alone" in method else TARGETS
-    if method not in HYPERBOLIC:
+    if method not in CURVATURES:
         alphas = {name: alpha * factor for name, factor in setting["factors"].items()}
-        options = dict(r=LORA_RANK, lora_alpha=alpha, alpha_pattern=alphas, lora_dropout=0.0)
-        options["use_dora"] = method == "DoRA"
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options))
+        options = dict(r=LORA_RANK, lora_alpha=alpha, alpha_pattern=alphas)
+        config = peft.LoraConfig(target_modules=targets, use_dora=method == "DoRA", **options)
+        peft.get_peft_model(model, config)
         return
-    options = HYPERBOLIC[method]
-    curvature = options["curvature"]
-    hyplora.inject_hyplora(model, targets, rank=LORA_RANK, alpha=alpha, curvature=curvature)
+    options = dict(rank=LORA_RANK, alpha=alpha, curvature=CURVATURES[method])
+    hyplora.inject_hyplora(model, targets, **options)
     hyplora.calibrate_curvature(model, **inputs)
     for layer in hyplora.hyplora_layers(model).values():
-        layer.lora_K.requires_grad_(options.get("learns", True))
-        if "unit" in options:
-            layer.lora_unit.fill_(options["unit"])
+        layer.lora_K.requires_grad_("radius" not in method)
+        if "raw" in method:
+            layer.lora_unit.fill_(1.0)
         if method in AUTHORS:
-            unit = torch.full_like(layer.lora_unit, math.sqrt(layer.in_features))
-            layer.lora_scale = nn.Parameter(unit) if method == "authors' hyplora" else None
             layer.__class__ = AuthorsLinear
+            layer.update = simplified_update
+        if method == "authors' hyplora":
+            unit = torch.full_like(layer.lora_unit, math.sqrt(layer.in_features))
+            layer.lora_scale = nn.Parameter(unit)
+            layer.update = functools.partial(authors_update, scale=layer.lora_scale)
     if DEVICE == "cuda" and method not in AUTHORS:
         from scaling.kernels import use_kernels
 
         use_kernels(model)
-
-
-def median_phis(model, inputs):
-    """{layer: the median over tokens of |update| / |BAx|} of a HypLoRA model."""
-    rows = hyplora.measure_tokens(model, (), inputs)
-    return {name: round(tokens[:, 2].median().item(), 4) for name, tokens in rows.items()}
 
 
 # --- A run --------------------------------------------------------------------------------------
@@ -198,123 +184,119 @@ def load(model):
     return base.eval().requires_grad_(False)
 
 
-def collate(rows, width=0, count=0):
-    """[(prompt ids, answer ids)] -> ids (N, T), and for each token of an answer its place in the
-    flat rows before it, and itself as the label. Rows end in padding, which no token looks at.
-    width, count: how many tokens a row has at least, and how many labels there are.
+def collate(rows):
+    """[(prompt ids, answer ids)] -> ids and labels, both (N, T). A label is the next token if that
+    is one of the answer, else IGNORE. Rows end in padding, which no token looks at.
     """
-    width = max([width, *(len(prompt) + len(answer) for prompt, answer in rows)])
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    places = []
-    labels = []
-    for number, (prompt, answer) in enumerate(rows):
-        ids[number, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        first = number * width + len(prompt) - 1
-        places.extend(range(first, first + len(answer)))
-        labels.extend(answer)
-    more = count - len(labels)
-    places = torch.tensor(places + [0] * more)
-    return ids.to(DEVICE), places.to(DEVICE), torch.tensor(labels + [IGNORE] * more).to(DEVICE)
+    ids = pad_sequence([torch.tensor(p + a) for p, a in rows], batch_first=True)
+    labels = torch.full_like(ids, IGNORE)
+    for row, (prompt, answer) in zip(labels, rows):
+        row[len(prompt) - 1 :][: len(answer)] = torch.tensor(answer)
+    return ids.to(DEVICE), labels.to(DEVICE)
+
+
+def places_of(labels):
+    """Where the flat labels have a token."""
+    return (labels.flatten() != IGNORE).nonzero().flatten()
 
 
 def draw_batches(rows, steps, seed):
-    """The batches of a run, collated to one size. An epoch has each row once."""
+    """The batches of a run, all of one size. An epoch has each row once. Places end in padding: 0,
+    where a prompt begins and no label is.
+    """
     draw = random.Random(seed)
-    order = []
-    while len(order) < BATCH * steps:
-        order += draw.sample(rows, len(rows))
-    batches = [order[i * BATCH :][:BATCH] for i in range(steps)]
-    width = max(len(prompt) + len(answer) for batch in batches for prompt, answer in batch)
-    count = max(sum(len(answer) for _, answer in batch) for batch in batches)
-    return [collate(batch, width, count) for batch in batches]
+    epochs = math.ceil(BATCH * steps / len(rows))
+    order = [row for _ in range(epochs) for row in draw.sample(rows, len(rows))]
+    ids, labels = collate(order[: BATCH * steps])
+    labels = labels.split(BATCH)
+    places = pad_sequence([places_of(part) for part in labels], batch_first=True)
+    return list(zip(ids.split(BATCH), labels, places))
 
 
-def losses_of(model, batch, reduction):
+def losses_of(model, ids, labels, places, reduction):
     """The cross entropy of the labels; logits are computed at their places alone."""
-    ids, places, labels = batch
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[places])
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction=reduction)
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[places]).float()
+    labels = labels.flatten()[places]
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction=reduction)
 
 
 @torch.no_grad()
 def score(model, records):
-    """(losses of the right answers, summed over their tokens; whether each had the lowest mean)"""
-    rows = [(r.question, choice) for r in records for choice in r.choices]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    """(losses of the right answers, summed over their tokens; 1 where it had the lowest mean)"""
+    rows = {}
+    for i, record in enumerate(records):
+        rows |= {(i, j): (record.question, choice) for j, choice in enumerate(record.choices)}
+    order = sorted(rows, key=lambda name: sum(map(len, rows[name])))
     sums = {}
     for start in range(0, len(rows), 2 * BATCH):
         chosen = order[start : start + 2 * BATCH]
-        losses = losses_of(model, collate([rows[i] for i in chosen]), "none").cpu()
-        pieces = losses.split([len(rows[i][1]) for i in chosen])
-        sums.update({i: piece.sum().item() for i, piece in zip(chosen, pieces)})
+        ids, labels = collate([rows[name] for name in chosen])
+        losses = losses_of(model, ids, labels, places_of(labels), "none").cpu()
+        pieces = losses.split([len(rows[name][1]) for name in chosen])
+        sums |= {name: piece.sum().item() for name, piece in zip(chosen, pieces)}
     right = []
-    hits = []
-    left = (sums[i] for i in range(len(rows)))
-    for record in records:
-        own = list(itertools.islice(left, len(record.choices)))
-        means = [loss / len(choice) for loss, choice in zip(own, record.choices)]
-        right.append(round(own[record.right], 2))
-        hits.append(int(min(means) == means[record.right]))
+    hits = ""
+    for i, record in enumerate(records):
+        means = [sums[i, j] / len(choice) for j, choice in enumerate(record.choices)]
+        right.append(round(sums[i, record.right], 2))
+        hits += str(int(min(means) == means[record.right]))
     return right, hits
 
 
-class Run:
-    """An adapter in training. On a GPU a step is the replay of a CUDA graph."""
+def graph_of(step, optimizer):
+    """A step as the replay of a CUDA graph, which reads what its tensors hold when it runs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()  # The rate is 0 so far, so that this moves nothing but the moments.
+    torch.cuda.synchronize()
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
-    def __init__(self, setting, seed, records):
-        base = load(setting["model"])
-        shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
-        self.model = copy.deepcopy(base, shared)
-        rows = [(r.question, r.choices[r.right]) for r in records["train"]]
-        ids = collate(rows[: 2 * BATCH])[0]
-        self.inputs = dict(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False)
-        adapt(self.model, setting, self.inputs)
-        generator = torch.Generator(DEVICE).manual_seed(seed)
-        for name, p in self.model.named_parameters():
-            if "lora_A" in name:  # All methods start from the same A, drawn as LoRA's is.
-                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.lr = torch.zeros((), device=DEVICE)
-        on_gpu = dict(fused=True, capturable=True) if DEVICE == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(self.trained, self.lr, weight_decay=0.0, **on_gpu)
-        self.batches = draw_batches(rows, setting["steps"], seed)
-        self.batch = [part.clone() for part in self.batches[0]]
 
-    def step(self):
-        losses_of(self.model, self.batch, "mean").backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def train(base, setting, seed, records):
+    """(the base with the adapters of a setting, trained; the inputs that fitted them to it)"""
+    shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    model = copy.deepcopy(base, shared)
+    rows = [(r.question, r.choices[r.right]) for r in records["train"]]
+    ids, _ = collate(rows[: 2 * BATCH])
+    inputs = dict(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False)
+    adapt(model, setting, inputs)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_A" in name:  # All methods start from the same A, drawn as LoRA's is.
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lr = torch.zeros((), device=DEVICE)
+    on_gpu = dict(fused=True, capturable=True) if DEVICE == "cuda" else {}
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, **on_gpu)
+    batches = draw_batches(rows, setting["steps"], seed)
+    batch = [part.clone() for part in batches[0]]
 
-    def graph_of_a_step(self):
-        """A CUDA graph of step, which reads what self.batch and self.lr hold when it runs."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.step()  # The rate is 0 so far, so that this moves nothing but the moments.
-        torch.cuda.synchronize()
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
+    def step():
+        losses_of(model, *batch, "mean").backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def train(self, rate):
-        """All steps: a tenth of warm-up, then linearly to 0."""
-        step = self.graph_of_a_step().replay if DEVICE == "cuda" else self.step
-        steps = len(self.batches)
-        warmup = steps // 10 + 1
-        for number, batch in enumerate(self.batches):
-            rising = (number + 1) / warmup
-            falling = (steps - number) / (steps - warmup + 1)
-            self.lr.fill_(rate * min(rising, falling, 1))
-            for part, new in zip(self.batch, batch):
-                part.copy_(new)
-            step()
+    take_step = graph_of(step, optimizer) if DEVICE == "cuda" else step
+    steps = len(batches)
+    warmup = steps // 10 + 1
+    for number, new_batch in enumerate(batches):
+        rising = (number + 1) / warmup
+        falling = (steps - number) / (steps - warmup + 1)
+        lr.fill_(setting["rate"] * min(rising, falling, 1))
+        for part, new in zip(batch, new_batch):
+            part.copy_(new)
+        take_step()
+    return model, inputs
 
 
 def work(setting, seed, folder):
@@ -326,21 +308,20 @@ def work(setting, seed, folder):
     row = name_of(setting) | {"seed": seed, "date": str(datetime.date.today())}
     row["machine"] = machine(DEVICE)
     model = load(setting["model"])
-    run = Run(setting, seed, records) if setting["steps"] else None
-    if run:
-        run.train(setting["rate"])
-        model = run.model
+    if setting["steps"]:
+        model, inputs = train(model, setting, seed, records)
         if setting["sets"] == ["validation"] and hyplora.hyplora_layers(model):
-            row["phi"] = median_phis(model, run.inputs)
+            layers = hyplora.measure_tokens(model, (), inputs).items()
+            row["phi"] = {name: round(x[:, 2].median().item(), 4) for name, x in layers}
     for name in setting["sets"]:
         losses, hits = score(model, records[name])
         tokens = [len(r.choices[r.right]) for r in records[name]]
         row[name] = sum(losses) / sum(tokens) if name == "validation" else {"losses": losses}
         if len(records[name][0].choices) > 1:
-            row[name]["hits"] = "".join(map(str, hits))
+            row[name]["hits"] = hits
         if not setting["steps"]:
             row[name]["tokens"] = tokens
-    del model, run
+    del model
     gc.collect()
     torch.cuda.empty_cache()  # The other processes need the memory.
     return row
@@ -358,11 +339,6 @@ def name_of(setting):
     return {key: setting[key] for key in NAME} | {"model": Path(setting["model"]).name}
 
 
-def in_parallel(function, things):
-    with ThreadPoolExecutor(max(1, len(things))) as threads:
-        return list(threads.map(function, things))
-
-
 def read_rows(path):
     """The rows of a file of JSON lines, by their settings and seeds."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -377,115 +353,104 @@ class Ledger:
         self.path.touch()
         self.rows = read_rows(self.path)
         self.folder = args.data
-        self.lock = threading.Lock()
         spawn = multiprocessing.get_context("spawn")  # A fork can't use a GPU.
         self.pool = ProcessPoolExecutor(args.workers, mp_context=spawn)
 
-    def row_of(self, setting, seed):
+    async def row_of(self, setting, seed):
         key = (*name_of(setting).values(), seed)
         if key not in self.rows:
-            row = self.pool.submit(work, setting, seed, self.folder).result()
-            with self.lock, self.path.open("a") as file:
+            submit = asyncio.get_running_loop().run_in_executor
+            row = await submit(self.pool, work, setting, seed, self.folder)
+            with self.path.open("a") as file:
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
             self.rows[key] = row
         return self.rows[key]
 
-    def rows_of(self, setting, seeds):
-        return in_parallel(lambda seed: self.row_of(setting, seed), seeds)
+    async def rows_of(self, setting, seeds):
+        return await asyncio.gather(*(self.row_of(setting, seed) for seed in seeds))
 
 
-def rate_of(exponent):
+def rate_of(point):
     """The grid of rates has steps of the square root of 2."""
-    return 1e-3 * 2 ** (exponent / 2)
+    return 1e-3 * 2 ** (point / 2)
 
 
-def mean_loss(rows):
-    """The mean validation loss. What diverged counts as 10."""
+async def tuning_loss(ledger, setting, point):
+    """The mean validation loss at a point of the grid. What diverged counts as 10."""
+    rows = await ledger.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
     loss = statistics.mean(row["validation"] for row in rows)
     return loss if loss < 10 else 10.0
 
 
-def tune(ledger, setting, start):
-    """(loss, rate, the best point of the grid): where a parabola through the mean losses of the
-    best point and its two neighbours is lowest. start: the point to begin at.
+async def tune(ledger, setting, point):
+    """(the setting with its rate, the best point of the grid, the loss): where a parabola through
+    the losses of the best point and its two neighbours is lowest. point: the one to begin at.
     """
-    losses = {}
-
-    def try_rate(exponent):
-        rows = ledger.rows_of(setting | {"rate": rate_of(exponent)}, TUNING_SEEDS)
-        losses[exponent] = mean_loss(rows)
-
-    best = start
-    while not {best - 1, best, best + 1} <= set(losses):
-        in_parallel(try_rate, [e for e in (best - 1, best, best + 1) if e not in losses])
-        best = min(losses, key=losses.get)
-    low, middle, high = (losses[best + shift] for shift in (-1, 0, 1))
+    losses = [tuning_loss(ledger, setting, point + shift) for shift in (-1, 0, 1)]
+    low, middle, high = await asyncio.gather(*losses)
+    if min(low, high) < middle:
+        return await tune(ledger, setting, point + 1 if high < low else point - 1)
     bend = low - 2 * middle + high
     shift = (low - high) / (2 * bend) if bend else 0.0
-    return middle - bend * shift**2 / 2, rate_of(best + shift), best
+    return setting | {"rate": rate_of(point + shift)}, point, middle - bend * shift**2 / 2
 
 
-def tune_alpha(ledger, setting, start=2):
-    """(the setting of the best alpha at its best rate, the point of the grid). Twice the alpha is
-    tried at a rate that is smaller by the square root of 2, up to 8 times.
+async def tune_alpha(ledger, setting, point=2):
+    """What tune returns, at the best alpha. Twice the alpha is tried at a rate that is smaller by
+    the square root of 2, up to 8 times.
     """
-    loss, _, first = tune(ledger, setting | {"alpha": ALPHA}, start)
-    options = [(loss, 0)]
-
-    def try_alpha(doublings):
-        found = setting | dict(alpha=ALPHA * 2**doublings, rate=rate_of(first - doublings))
-        options.append((mean_loss(ledger.rows_of(found, TUNING_SEEDS)), doublings))
-
-    in_parallel(try_alpha, [1, 2, 3])
-    doublings = min(options)[1]
-    best = setting | {"alpha": ALPHA * 2**doublings}
-    _, rate, point = tune(ledger, best, first - doublings)
-    return best | {"rate": rate}, point
+    settings = [setting | {"alpha": ALPHA * 2**doublings} for doublings in range(4)]
+    _, point, loss = await tune(ledger, settings[0], point)
+    others = [tuning_loss(ledger, settings[i], point - i) for i in (1, 2, 3)]
+    losses = [loss, *await asyncio.gather(*others)]
+    best = losses.index(min(losses))
+    return await tune(ledger, settings[best], point - best)
 
 
-def tune_method(ledger, setting, start):
-    """The settings of a method and of its control, if it has one. start: the point of the grid."""
-    if "own alpha" in setting["method"]:
-        found, point = tune_alpha(ledger, setting, start)
-    else:
-        _, rate, point = tune(ledger, setting, start)
-        found = setting | {"rate": rate}
-    if setting["method"] not in HYPERBOLIC or setting["method"] in AUTHORS:
-        return [found]
-    rows = ledger.rows_of(found | {"rate": rate_of(point)}, TUNING_SEEDS)
+async def tune_method(ledger, lora, point, method):
+    """The settings of a method and of its control, if it has one, from LoRA's and its point."""
+    setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
+    tune_it = tune_alpha if "own alpha" in method else tune
+    setting, point, _ = await tune_it(ledger, setting, point)
+    if method not in CURVATURES or method in AUTHORS:
+        return [setting]
+    rows = await ledger.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
     layers = rows[0]["phi"]
     factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
-    control = found | dict(method=f"control of {setting['method']}", factors=factors)
-    _, rate, _ = tune(ledger, control, point)
-    return [found, control | {"rate": rate}]
+    control = setting | dict(method=f"control of {method}", factors=factors)
+    control, _, _ = await tune(ledger, control, point)
+    return [setting, control]
 
 
-def run_tier(ledger, cell, args):
+async def run_tier(ledger, cell, args):
     """All runs of a tier for a model and a task."""
     sets = ["held out", *TASKS[cell["task"]][1]]
-    ledger.row_of(cell | UNTRAINED | {"sets": sets}, 0)
-    shared = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
-    lora, point = tune_alpha(ledger, shared)
-
-    def tune_one(method):
-        setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
-        return tune_method(ledger, setting, point)
-
-    settings = [lora, *itertools.chain(*in_parallel(tune_one, TIERS[args.tier]))]
+    await ledger.row_of(cell | UNTRAINED | {"sets": sets}, 0)
+    lora = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
+    lora, point, _ = await tune_alpha(ledger, lora)
+    methods = [tune_method(ledger, lora, point, method) for method in TIERS[args.tier]]
+    settings = sum(await asyncio.gather(*methods), [lora])
     if args.steps != STEPS:
         settings = [setting for setting in settings if setting["method"] != "DoRA"]
     final = dict(steps=args.steps, sets=sets if args.tier == 1 else ["held out"])
     seeds = range(5 if args.tier == 3 else 10)
-    in_parallel(lambda setting: ledger.rows_of(setting | final, seeds), settings)
+    await asyncio.gather(*(ledger.rows_of(setting | final, seeds) for setting in settings))
+
+
+async def run_tiers(args):
+    """All runs of a tier for all models and tasks."""
+    ledger = Ledger(args)
+    cells = [dict(model=model, task=task) for model in args.models for task in args.tasks]
+    await asyncio.gather(*(run_tier(ledger, cell, args) for cell in cells))
 
 
 # --- Tables and pictures ------------------------------------------------------------------------
 
 
-def rivals_of(cell, method):
-    """{label: method} of what a method is compared with."""
+def rivals_of(method, cell):
+    """{column: method} of what a method is compared with."""
     rivals = {"minus LoRA": "LoRA", "minus its control": f"control of {method}"}
-    return {label: name for label, name in rivals.items() if name in cell and name != method}
+    return {column: name for column, name in rivals.items() if name in cell and name != method}
 
 
 def tier_of(method):
@@ -493,21 +458,26 @@ def tier_of(method):
     return next((tier for tier, methods in TIERS.items() if own in methods), 1)
 
 
-def cells_of(method, name, cell, sets, level):
-    """The loss of a method on a set of records, and what it is compared with, for a table."""
-    tokens = sets[name]["tokens"]
+def row_of_table(method, cell, name, tokens, comparisons):
+    """The losses of a method on a set of records with these numbers of tokens."""
+
+    def losses_of(method, seeds):
+        return np.array([cell[method][seed][name]["losses"] for seed in seeds])
+
     own = cell[method]
-    losses = [sum(row[name]["losses"]) / sum(tokens) for row in own.values()]
-    found = {"loss": mean_and_spread(losses, 4), "minus LoRA": "", "minus its control": ""}
-    for label, rival in rivals_of(cell, method).items():
+    first, *_ = own.values()
+    row = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}", "seeds": len(own)}
+    row["loss"] = mean_and_spread(losses_of(method, own).sum(axis=1) / sum(tokens), 4)
+    row |= {"minus LoRA": "", "minus its control": ""}
+    for column, rival in rivals_of(method, cell).items():
         seeds = sorted(own.keys() & cell[rival].keys())
-        pairs = [(own[seed][name]["losses"], cell[rival][seed][name]["losses"]) for seed in seeds]
-        mean, low, high = two_way_interval([np.subtract(*pair) for pair in pairs], tokens, level)
-        found[label] = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    if "hits" in sets[name]:
+        differences = losses_of(method, seeds) - losses_of(rival, seeds)
+        mean, low, high = two_way_interval(differences, tokens, 1 - 0.05 / comparisons)
+        row[column] = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    if "hits" in first[name]:
         shares = [100 * row[name]["hits"].count("1") / len(tokens) for row in own.values()]
-        found["% right"] = mean_and_spread(shares, 1)
-    return found
+        row["% right"] = mean_and_spread(shares, 1)
+    return row
 
 
 def print_tables(rows, path):
@@ -518,65 +488,60 @@ def print_tables(rows, path):
             cell = cells.setdefault((row["model"], row["task"], row["steps"]), {})
             cell.setdefault(row["method"], {})[row["seed"]] = row
     for (model, task, steps), cell in cells.items():
-        base = rows[(model, task, *UNTRAINED.values(), 0)]
-        sets = {name: found for name, found in base.items() if isinstance(found, dict)}
         comparisons = Counter()
-        for other in (other for key, other in cells.items() if key[2] == steps):
+        for key, other in cells.items():
             for method in other:
-                comparisons[tier_of(method)] += len(rivals_of(other, method))
-        tables = {name: [] for name in sets}
-        for method in sorted(cell, key=lambda method: (tier_of(method), method)):
-            first, *_ = cell[method].values()
-            about = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}"}
-            about["seeds"] = len(cell[method])
-            level = 1 - 0.05 / comparisons[tier_of(method)]
-            for name in first.keys() & sets.keys():
-                tables[name].append(about | cells_of(method, name, cell, sets, level))
+                if key[2] == steps:
+                    comparisons[tier_of(method)] += len(rivals_of(method, other))
         counts = [f"{count} in tier {tier}" for tier, count in sorted(comparisons.items())]
-        body = (
-            f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m; m, the"
-        )
-        body += f" number of comparisons, is {', '.join(counts)}."
-        for name, table in tables.items():
-            untrained = sum(sets[name]["losses"]) / sum(sets[name]["tokens"])
+        base = rows[(model, task, *UNTRAINED.values(), 0)]
+        body = f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m; m, "
+        body += f"the number of comparisons, is {', '.join(counts)}."
+        for name in ("held out", *TASKS[task][1]):
+            tokens = base[name]["tokens"]
+            untrained = sum(base[name]["losses"]) / sum(tokens)
+            table = []
+            for tier, method in sorted((tier_of(method), method) for method in cell):
+                if all(name in row for row in cell[method].values()):
+                    m = comparisons[tier]
+                    table.append(row_of_table(method, cell, name, tokens, m))
             body += f"\n\n**{name}** (untrained: {untrained:.4f})\n\n{markdown(table)}"
-        title = f"Comparison: {model}, {task}, {steps} steps"
-        report(title, body, path)
+        report(f"Comparison: {model}, {task}, {steps} steps", body, path)
 
 
-def draw(path, panels, **options):
-    """A picture of {title: {label: {x: the ys of several runs}}}, with their means."""
+def draw(path, points, **options):
+    """A picture of points (title of a panel, label of a curve, x, y), with the means of y."""
     from matplotlib import pyplot as plt
 
+    panels = {}
+    for title, label, x, y in points:
+        curve = panels.setdefault(title, {}).setdefault(label, {})
+        curve.setdefault(x, []).append(y)
     lines = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(12, 4 * lines), squeeze=False)
-    for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
+    figure = plt.figure(figsize=(12, 4 * lines))
+    for number, (title, curves) in enumerate(sorted(panels.items()), 1):
+        axis = figure.add_subplot(lines, 2, number, title=title, **options)
         for label, curve in sorted(curves.items()):
             xs = sorted(curve)
             axis.plot(xs, [statistics.mean(curve[x]) for x in xs], marker=".", label=label)
-        axis.set(title=title, **options)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
 def draw_pictures(rows, folder):
     """The tuning curves, and phi by block after the tuning runs of HypLoRA."""
-    losses = {}
-    phis = {}
+    losses = []
+    phis = []
     for row in rows.values():
         title = f"{row['model']}, {row['task']}"
         if "validation" in row:
-            method = f"{row['method']}, alpha {row['alpha']}"
-            curve = losses.setdefault(title, {}).setdefault(method, {})
-            curve.setdefault(1e3 * row["rate"], []).append(row["validation"])
+            label = f"{row['method']}, alpha {row['alpha']}"
+            losses.append((title, label, 1e3 * row["rate"], row["validation"]))
         if row["method"] == "HypLoRA":
             for layer, phi in row.get("phi", {}).items():
-                curve = phis.setdefault(title, {}).setdefault(layer.rpartition(".")[2], {})
                 block = int(re.search(r"\.(\d+)\.", layer)[1])
-                curve.setdefault(block, []).append(phi)
+                phis.append((title, layer.rpartition(".")[2], block, phi))
     labels = dict(xlabel="rate x 1000", ylabel="validation loss, mean of seeds")
     draw(Path(folder, "comparison_rates.png"), losses, **labels)
     labels = dict(xlabel="block", ylabel="phi: median of tokens, mean of runs")
@@ -596,16 +561,13 @@ def main():
     parser.add_argument("--results", help="a Markdown file that gets the tables, too")
     parser.add_argument("--assets", help="a folder for the pictures")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
     if args.table:
         rows = read_rows(args.table)
         print_tables(rows, args.results)
         if args.assets:
             draw_pictures(rows, args.assets)
         return
-    ledger = Ledger(args)
-    cells = [dict(model=m, task=t) for m, t in itertools.product(args.models, args.tasks)]
-    in_parallel(lambda cell: run_tier(ledger, cell, args), cells)
+    asyncio.run(run_tiers(args))
 
 
 if __name__ == "__main__":
