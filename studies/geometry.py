@@ -38,14 +38,12 @@ def delta_hyperbolicity(distances):
     is_finite = distances.isfinite().all()
     if not is_finite or not torch.allclose(distances, mirrored, atol=1e-4 * diameter):
         raise ValueError("distances should be finite, symmetric, and 0 on the diagonal")
-    if diameter == 0:
-        return 0.0
     product = (distances[:, 0, None] + distances[0] - distances) / 2
     delta = 0.0
     for i, row in enumerate(product):  # The product is symmetric: j = i and above suffices.
         largest = torch.minimum(row, product[i:]).amax(dim=1)
         delta = max(delta, (largest - row[i:]).max())
-    return float(2 * delta / diameter)
+    return float(2 * delta / max(diameter, 1e-30))  # 0 if all points are one
 
 
 # error: the standard error of alpha. xmin: where the law begins. distance: Kolmogorov's and
