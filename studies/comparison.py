@@ -9,7 +9,6 @@ that the same command goes on where it was stopped.
 
 import argparse
 import asyncio
-import copy
 import datetime
 import functools
 import gc
@@ -35,11 +34,10 @@ import hyplora
 from scaling.scoring import is_right
 from scaling.training import IGNORE
 from studies.authors import authors_update, simplified_update
-from studies.cost import DEVICE, LORA_RANK, TARGETS
+from studies.cost import DEVICE, LORA_RANK, TARGETS, sharing_copy
 from studies.tables import machine, markdown, mean_and_spread, report, two_way_interval
 
 BATCH = 16  # records of a step
-CUTOFF = {"arithmetic": 192, "commonsense": 64}  # tokens; longer records are left out
 HELD_OUT = 800
 VALIDATION = 400
 TEST = 400  # of each test file
@@ -48,9 +46,9 @@ TUNING_SEEDS = (1000, 1001, 1002, 1003)
 
 # --- The data -----------------------------------------------------------------------------------
 
-TASKS = {  # what is trained on, and the test files
-    "arithmetic": (["gsm8k_train", "mawps_train"], ["gsm8k", "svamp"]),
-    "commonsense": (["commonsense_train"], ["arc_challenge", "openbookqa"]),
+TASKS = {  # what is trained on, the test files, and the tokens of the longest record that is used
+    "arithmetic": (["gsm8k_train", "mawps_train"], ["gsm8k", "svamp"], 192),
+    "commonsense": (["commonsense_train"], ["arc_challenge", "openbookqa"], 64),
 }
 CHOICES = re.compile(r".*? question: (.*?)\n+(Answer1: .*?)\n+Answer format: .*", re.DOTALL)
 Record = namedtuple("Record", ["question", "choices", "right"])  # text, or token ids
@@ -87,16 +85,16 @@ def encode(records, tokenizer, cutoff):
 def read_task(task, model, folder):
     """{"train", "validation", "held out" and each test file: records} of a task."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    train, tests = TASKS[task]
+    train, tests, cutoff = TASKS[task]
     sets = {name: read_questions(Path(folder, f"{name}.json")) for name in (*train, *tests)}
     seen = {record.question for name in tests for record in sets[name]}
     unique = {r.question: r for name in train for r in sets[name] if r.question not in seen}
-    records = encode([*unique.values()], tokenizer, CUTOFF[task])
+    records = encode([*unique.values()], tokenizer, cutoff)
     random.Random(0).shuffle(records)
     rest = {"held out": records[:HELD_OUT], "train": records[HELD_OUT + VALIDATION :]}
     validation = records[HELD_OUT:][:VALIDATION]
     rest["validation"] = [Record(r.question, [r.choices[r.right]], 0) for r in validation]
-    return {name: encode(sets[name], tokenizer, CUTOFF[task])[:TEST] for name in tests} | rest
+    return {name: encode(sets[name], tokenizer, cutoff)[:TEST] for name in tests} | rest
 
 
 # --- The methods --------------------------------------------------------------------------------
@@ -263,8 +261,7 @@ def graph_of(step, optimizer):
 
 def train(base, setting, seed, records):
     """(the base with the adapters of a setting, trained; the inputs that fitted them to it)"""
-    shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
-    model = copy.deepcopy(base, shared)
+    model = sharing_copy(base)
     rows = [(r.question, r.choices[r.right]) for r in records["train"]]
     ids, _ = collate(rows[: 2 * BATCH])
     inputs = dict(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False)
@@ -345,14 +342,19 @@ def read_rows(path):
     return {(*name_of(row).values(), row["seed"]): row for row in rows}
 
 
-class Ledger:
-    """The rows of a file, and the processes that make those that are missing."""
+def rate_of(point):
+    """The grid of rates has steps of the square root of 2."""
+    return 1e-3 * 2 ** (point / 2)
+
+
+class Plan:
+    """The rows of a file, and the runs that make those that are missing."""
 
     def __init__(self, args):
+        self.args = args
         self.path = Path(args.out)
         self.path.touch()
         self.rows = read_rows(self.path)
-        self.folder = args.data
         spawn = multiprocessing.get_context("spawn")  # A fork can't use a GPU.
         self.pool = ProcessPoolExecutor(args.workers, mp_context=spawn)
 
@@ -360,88 +362,77 @@ class Ledger:
         key = (*name_of(setting).values(), seed)
         if key not in self.rows:
             submit = asyncio.get_running_loop().run_in_executor
-            row = await submit(self.pool, work, setting, seed, self.folder)
+            self.rows[key] = await submit(self.pool, work, setting, seed, self.args.data)
             with self.path.open("a") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
-            self.rows[key] = row
+                file.write(json.dumps(self.rows[key], separators=(",", ":")) + "\n")
         return self.rows[key]
 
     async def rows_of(self, setting, seeds):
         return await asyncio.gather(*(self.row_of(setting, seed) for seed in seeds))
 
+    async def tuning_loss(self, setting, point):
+        """The mean validation loss at a point of the grid. What diverged counts as 10."""
+        rows = await self.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
+        loss = statistics.mean(row["validation"] for row in rows)
+        return loss if loss < 10 else 10.0
 
-def rate_of(point):
-    """The grid of rates has steps of the square root of 2."""
-    return 1e-3 * 2 ** (point / 2)
+    async def tune(self, setting, point):
+        """(the setting with its rate, the best point of the grid, the loss): where a parabola
+        through the losses of the best point and its two neighbours is lowest. point: a first guess.
+        """
+        losses = [self.tuning_loss(setting, point + shift) for shift in (-1, 0, 1)]
+        low, middle, high = await asyncio.gather(*losses)
+        if min(low, high) < middle:
+            return await self.tune(setting, point + 1 if high < low else point - 1)
+        bend = low - 2 * middle + high
+        shift = (low - high) / (2 * bend) if bend else 0.0
+        return setting | {"rate": rate_of(point + shift)}, point, middle - bend * shift**2 / 2
 
+    async def tune_alpha(self, setting, point=2):
+        """What tune returns, at the best alpha. Twice the alpha is tried at a rate that is smaller
+        by the square root of 2, up to 8 times.
+        """
+        settings = [setting | {"alpha": ALPHA * 2**doublings} for doublings in range(4)]
+        _, point, loss = await self.tune(settings[0], point)
+        others = [self.tuning_loss(settings[i], point - i) for i in (1, 2, 3)]
+        losses = [loss, *await asyncio.gather(*others)]
+        best = losses.index(min(losses))
+        return await self.tune(settings[best], point - best)
 
-async def tuning_loss(ledger, setting, point):
-    """The mean validation loss at a point of the grid. What diverged counts as 10."""
-    rows = await ledger.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
-    loss = statistics.mean(row["validation"] for row in rows)
-    return loss if loss < 10 else 10.0
+    async def tune_method(self, lora, point, method):
+        """The settings of a method and of its control, if it has one, from LoRA's and its point."""
+        setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
+        tune = self.tune_alpha if "own alpha" in method else self.tune
+        setting, point, _ = await tune(setting, point)
+        if method not in CURVATURES or method in AUTHORS:
+            return [setting]
+        rows = await self.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
+        layers = rows[0]["phi"]
+        factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
+        control = setting | dict(method=f"control of {method}", factors=factors)
+        control, _, _ = await self.tune(control, point)
+        return [setting, control]
 
+    async def run_tier(self, model, task):
+        """All runs of a tier for a model and a task."""
+        tier = self.args.tier
+        sets = ["held out", *TASKS[task][1]]
+        cell = dict(model=model, task=task)
+        await self.row_of(cell | UNTRAINED | {"sets": sets}, 0)
+        lora = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
+        lora, point, _ = await self.tune_alpha(lora)
+        methods = [self.tune_method(lora, point, method) for method in TIERS[tier]]
+        settings = sum(await asyncio.gather(*methods), [lora])
+        if self.args.steps != STEPS:
+            settings = [setting for setting in settings if setting["method"] != "DoRA"]
+        final = dict(steps=self.args.steps, sets=sets if tier == 1 else ["held out"])
+        seeds = range(5 if tier == 3 else 10)
+        await asyncio.gather(*(self.rows_of(setting | final, seeds) for setting in settings))
 
-async def tune(ledger, setting, point):
-    """(the setting with its rate, the best point of the grid, the loss): where a parabola through
-    the losses of the best point and its two neighbours is lowest. point: the one to begin at.
-    """
-    losses = [tuning_loss(ledger, setting, point + shift) for shift in (-1, 0, 1)]
-    low, middle, high = await asyncio.gather(*losses)
-    if min(low, high) < middle:
-        return await tune(ledger, setting, point + 1 if high < low else point - 1)
-    bend = low - 2 * middle + high
-    shift = (low - high) / (2 * bend) if bend else 0.0
-    return setting | {"rate": rate_of(point + shift)}, point, middle - bend * shift**2 / 2
-
-
-async def tune_alpha(ledger, setting, point=2):
-    """What tune returns, at the best alpha. Twice the alpha is tried at a rate that is smaller by
-    the square root of 2, up to 8 times.
-    """
-    settings = [setting | {"alpha": ALPHA * 2**doublings} for doublings in range(4)]
-    _, point, loss = await tune(ledger, settings[0], point)
-    others = [tuning_loss(ledger, settings[i], point - i) for i in (1, 2, 3)]
-    losses = [loss, *await asyncio.gather(*others)]
-    best = losses.index(min(losses))
-    return await tune(ledger, settings[best], point - best)
-
-
-async def tune_method(ledger, lora, point, method):
-    """The settings of a method and of its control, if it has one, from LoRA's and its point."""
-    setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
-    tune_it = tune_alpha if "own alpha" in method else tune
-    setting, point, _ = await tune_it(ledger, setting, point)
-    if method not in CURVATURES or method in AUTHORS:
-        return [setting]
-    rows = await ledger.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
-    layers = rows[0]["phi"]
-    factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
-    control = setting | dict(method=f"control of {method}", factors=factors)
-    control, _, _ = await tune(ledger, control, point)
-    return [setting, control]
-
-
-async def run_tier(ledger, cell, args):
-    """All runs of a tier for a model and a task."""
-    sets = ["held out", *TASKS[cell["task"]][1]]
-    await ledger.row_of(cell | UNTRAINED | {"sets": sets}, 0)
-    lora = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
-    lora, point, _ = await tune_alpha(ledger, lora)
-    methods = [tune_method(ledger, lora, point, method) for method in TIERS[args.tier]]
-    settings = sum(await asyncio.gather(*methods), [lora])
-    if args.steps != STEPS:
-        settings = [setting for setting in settings if setting["method"] != "DoRA"]
-    final = dict(steps=args.steps, sets=sets if args.tier == 1 else ["held out"])
-    seeds = range(5 if args.tier == 3 else 10)
-    await asyncio.gather(*(ledger.rows_of(setting | final, seeds) for setting in settings))
-
-
-async def run_tiers(args):
-    """All runs of a tier for all models and tasks."""
-    ledger = Ledger(args)
-    cells = [dict(model=model, task=task) for model in args.models for task in args.tasks]
-    await asyncio.gather(*(run_tier(ledger, cell, args) for cell in cells))
+    async def run(self):
+        """The tier for all models and tasks."""
+        cells = [(model, task) for model in self.args.models for task in TASKS]
+        await asyncio.gather(*(self.run_tier(*cell) for cell in cells))
 
 
 # --- Tables and pictures ------------------------------------------------------------------------
@@ -553,7 +544,6 @@ def main():
     parser.add_argument("--tier", type=int, choices=TIERS, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the reported runs")
     parser.add_argument("--models", nargs="+", default=[], help="folders that transformers loads")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data", help="the folder of the paper's JSON files")
     parser.add_argument("--out", help="the file of JSON lines")
     parser.add_argument("--workers", type=int, default=6, help="processes")
@@ -567,7 +557,7 @@ def main():
         if args.assets:
             draw_pictures(rows, args.assets)
         return
-    asyncio.run(run_tiers(args))
+    asyncio.run(Plan(args).run())
 
 
 if __name__ == "__main__":

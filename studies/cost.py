@@ -3,7 +3,7 @@
 The models have the shapes of published ones, random weights and one frozen base for all contenders.
 The adapters are the paper's: q, k, v, up and down, rank 32, in float32, which is PEFT's default.
 Contenders take turns, and the order moves on by one each round. A ratio is the median over rounds
-of the ratio within a round, with the quartiles. Needs transformers and peft.
+of the ratio within a round, with the quartiles.
 
     python -m studies.cost step --shape 7b --batch 2 --out step_7b.json
     torchrun --nproc-per-node 4 -m studies.cost processes --shape 7b --batch 2 --out processes.json
@@ -11,7 +11,7 @@ of the ratio within a round, with the quartiles. Needs transformers and peft.
 step measures a training step: its time, its kernels (whatever runs on the GPU) and its peak of
 memory. decode measures a token of greedy generation, launched by the host and as a CUDA graph.
 processes trains on as many processes as torchrun started, with the whole base on each (DDP) and
-spread over them (FSDP2). --table prints the tables of such files.
+spread over them (FSDP2).
 """
 
 import argparse
@@ -92,14 +92,16 @@ class Contender:
         self.optimizer.zero_grad()
 
 
+def sharing_copy(base):
+    """A copy of a model that shares its tensors."""
+    shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    return copy.deepcopy(base, shared)
+
+
 def contend(names, shape):
-    """{name: Contender} on copies of one base that share its tensors."""
+    """{name: Contender} on copies of one base."""
     base = build(shape)
-    contenders = {}
-    for name in names:
-        shared = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
-        contenders[name] = Contender(adapt(copy.deepcopy(base, shared), name))
-    return contenders
+    return {name: Contender(adapt(sharing_copy(base), name)) for name in names}
 
 
 def seconds_of(call, *arguments, times=1):
@@ -112,16 +114,16 @@ def seconds_of(call, *arguments, times=1):
     return (time.perf_counter() - start) / times
 
 
-def in_turns(action, subjects, rounds):
-    """{name: seconds of each round}, of action(subject), which returns its seconds."""
-    names = list(subjects)
+def in_turns(key, action, contenders, rounds):
+    """{name: {key: seconds of each round}}, of action(contender), which returns its seconds."""
+    names = list(contenders)
     seconds = {name: [] for name in names}
     for _ in range(rounds + 2):
         gc.collect()
         for name in names:
-            seconds[name].append(action(subjects[name]))
+            seconds[name].append(action(contenders[name]))
         names.append(names.pop(0))
-    return {name: taken[2:] for name, taken in seconds.items()}  # The first two rounds warm up.
+    return {name: {key: taken[2:]} for name, taken in seconds.items()}  # Two rounds warm up.
 
 
 def look_into_a_step(contender, ids):
@@ -147,8 +149,7 @@ def look_into_a_step(contender, ids):
 def measure_step(names, shape, ids, rounds):
     """{name: {"step": seconds of each round, and on a GPU what look_into_a_step finds}}"""
     contenders = contend(names, shape)
-    times = in_turns(lambda one: seconds_of(one.step, ids), contenders, rounds)
-    results = {name: {"step": seconds} for name, seconds in times.items()}
+    results = in_turns("step", lambda one: seconds_of(one.step, ids), contenders, rounds)
     if DEVICE == "cuda":
         for name, contender in contenders.items():
             results[name] |= look_into_a_step(contender, ids)
@@ -186,11 +187,11 @@ def replay(model, ids):
 def measure_decode(names, shape, ids, rounds):
     """{name: {"token": seconds of a token in each round, "graph": the same as a CUDA graph}}"""
     contenders = contend(names, shape)
-    token = in_turns(lambda one: generate(one.model, ids), contenders, rounds)
-    if DEVICE != "cuda":
-        return {name: {"token": token[name]} for name in names}
-    graph = in_turns(lambda one: replay(one.model, ids), contenders, rounds)
-    return {name: {"token": token[name], "graph": graph[name]} for name in names}
+    results = in_turns("token", lambda one: generate(one.model, ids), contenders, rounds)
+    if DEVICE == "cuda":
+        graphs = in_turns("graph", lambda one: replay(one.model, ids), contenders, rounds)
+        results = {name: results[name] | graphs[name] for name in names}
+    return results
 
 
 def in_processes(name, shape, layout):
@@ -291,13 +292,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--out", help="a JSON file for the raw results")
-    parser.add_argument("--table", nargs="+", default=[], help="raw results to print tables of")
+    parser.add_argument("--table", help="a file of raw results to print tables of")
     parser.add_argument("--results", help="a Markdown file that gets the tables, too")
     args = parser.parse_args()
     if args.table:
-        for path in args.table:
-            for record in json.loads(pathlib.Path(path).read_text()):
-                print_table(record, args.results)
+        for record in json.loads(pathlib.Path(args.table).read_text()):
+            print_table(record, args.results)
         return
     start_processes(torch.device(DEVICE))
     command = f"python -m studies.cost {' '.join(sys.argv[1:])}"

@@ -381,13 +381,13 @@ def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
         return row | dict(validation=loss, phi={"model.layers.0.q_proj": 1 + seed / 1000})
 
     monkeypatch.setattr(comparison, "work", work)
-    args = argparse.Namespace(out=tmp_path / "rows.jsonl", data="", workers=1, tier=1, steps=100)
-    cell = dict(model="folder/name", task="arithmetic")
+    out = tmp_path / "rows.jsonl"
+    args = argparse.Namespace(out=out, data="", workers=1, tier=1, steps=100)
     for expected in (True, False):
-        ledger = comparison.Ledger(args)
-        ledger.pool = ThreadPoolExecutor(1)
+        plan = comparison.Plan(args)
+        plan.pool = ThreadPoolExecutor(1)
         calls.clear()
-        asyncio.run(comparison.run_tier(ledger, cell, args))
+        asyncio.run(plan.run_tier("folder/name", "arithmetic"))
         assert bool(calls) == expected
     rows = comparison.read_rows(args.out)
     reported = [row for row in rows.values() if "held out" in row and row["steps"]]
