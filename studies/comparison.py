@@ -34,7 +34,7 @@ import hyplora
 from scaling.scoring import is_right
 from scaling.training import IGNORE
 from studies.authors import authors_update, simplified_update
-from studies.cost import DEVICE, LORA_RANK, TARGETS, sharing_copy
+from studies.cost import DEVICE, LORA_RANK, TARGETS, sharing_copy, wait
 from studies.tables import machine, markdown, mean_and_spread, report, two_way_interval
 
 BATCH = 16  # records of a step
@@ -285,7 +285,7 @@ def train(base, setting, seed, records):
 
     take_step = graph_of(step, optimizer) if DEVICE == "cuda" else step
     steps = len(batches)
-    warmup = steps // 10 + 1
+    warmup = steps // 10 + 1  # After these, the rate falls linearly to 0.
     for number, new_batch in enumerate(batches):
         rising = (number + 1) / warmup
         falling = (steps - number) / (steps - warmup + 1)
@@ -293,6 +293,7 @@ def train(base, setting, seed, records):
         for part, new in zip(batch, new_batch):
             part.copy_(new)
         take_step()
+    wait()  # A graph has to outlive its last replay.
     return model, inputs
 
 
