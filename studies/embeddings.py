@@ -132,15 +132,13 @@ def known_blocks(by_dimension, title):
         drawn = [nulls.SPACES[name](n, generator) for _ in range(draws)]
         return mean_and_spread([geometry.delta_hyperbolicity(distances) for distances in drawn])
 
-    def of_vectors(name, d):
-        return mean_and_spread(by_dimension[name][d])
-
+    vectors = grid(by_dimension, DIMENSIONS, lambda name, d: mean_and_spread(by_dimension[name][d]))
     return [
         "Mean ± std, of 20 draws of 60 points and 5 of 1500, as many as the authors take at most. "
         "The paper gives 0.99 for a sphere and 0.62 for a random graph; its code has neither.",
         markdown(grid(nulls.SPACES, SIZES, of_space)),
         f"**{title}: mean ± std over prompts**",
-        markdown(grid(by_dimension, DIMENSIONS, of_vectors)),
+        markdown(vectors),
     ]
 
 
