@@ -18,7 +18,7 @@ import multiprocessing
 import random
 import re
 import statistics
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -121,6 +121,7 @@ TIERS = {
     2: ["HypLoRA, 1.0", "HypLoRA, raw K = 0.5", *AUTHORS, "HypLoRA, own alpha"],
     3: [name for name in CURVATURES if "radius" in name],
 }
+COMPARISONS = {1: 28, 2: 44, 3: 15}  # with LoRA and with controls, as many as a tier has when done
 
 
 class AuthorsLinear(hyplora.HypLoRALinear):
@@ -378,8 +379,8 @@ class Plan:
         return loss if loss < 10 else 10.0
 
     async def tune(self, setting, point):
-        """(the setting with its rate, the best point of the grid, the loss): where a parabola
-        through the losses of the best point and its two neighbours is lowest. point: a first guess.
+        """(the setting with its rate, the best point of the grid). The rate is where a parabola
+        through the losses of that point and its two neighbours is lowest. point: a first guess.
         """
         losses = [self.tuning_loss(setting, point + shift) for shift in (-1, 0, 1)]
         low, middle, high = await asyncio.gather(*losses)
@@ -387,16 +388,16 @@ class Plan:
             return await self.tune(setting, point + 1 if high < low else point - 1)
         bend = low - 2 * middle + high
         shift = (low - high) / (2 * bend) if bend else 0.0
-        return setting | {"rate": rate_of(point + shift)}, point, middle - bend * shift**2 / 2
+        return setting | {"rate": rate_of(point + shift)}, point
 
     async def tune_alpha(self, setting, point=2):
         """What tune returns, at the best alpha. Twice the alpha is tried at a rate that is smaller
         by the square root of 2, up to 8 times.
         """
         settings = [setting | {"alpha": ALPHA * 2**doublings} for doublings in range(4)]
-        _, point, loss = await self.tune(settings[0], point)
-        others = [self.tuning_loss(settings[i], point - i) for i in (1, 2, 3)]
-        losses = [loss, *await asyncio.gather(*others)]
+        _, point = await self.tune(settings[0], point)
+        tried = [self.tuning_loss(other, point - i) for i, other in enumerate(settings)]
+        losses = await asyncio.gather(*tried)
         best = losses.index(min(losses))
         return await self.tune(settings[best], point - best)
 
@@ -404,14 +405,14 @@ class Plan:
         """The settings of a method and of its control, if it has one, from LoRA's and its point."""
         setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
         tune = self.tune_alpha if "own alpha" in method else self.tune
-        setting, point, _ = await tune(setting, point)
+        setting, point = await tune(setting, point)
         if method not in CURVATURES or method in AUTHORS:
             return [setting]
         rows = await self.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
         layers = rows[0]["phi"]
         factors = {name: statistics.mean(row["phi"][name] for row in rows) for name in layers}
         control = setting | dict(method=f"control of {method}", factors=factors)
-        control, _, _ = await self.tune(control, point)
+        control, _ = await self.tune(control, point)
         return [setting, control]
 
     async def run_tier(self, model, task):
@@ -421,7 +422,7 @@ class Plan:
         cell = dict(model=model, task=task)
         await self.row_of(cell | UNTRAINED | {"sets": sets}, 0)
         lora = cell | dict(method="LoRA", steps=STEPS, factors={}, sets=["validation"])
-        lora, point, _ = await self.tune_alpha(lora)
+        lora, point = await self.tune_alpha(lora)
         methods = [self.tune_method(lora, point, method) for method in TIERS[tier]]
         settings = sum(await asyncio.gather(*methods), [lora])
         if self.args.steps != STEPS:
@@ -439,36 +440,42 @@ class Plan:
 # --- Tables and pictures ------------------------------------------------------------------------
 
 
-def rivals_of(method, cell):
-    """{column: method} of what a method is compared with."""
-    rivals = {"minus LoRA": "LoRA", "minus its control": f"control of {method}"}
-    return {column: name for column, name in rivals.items() if name in cell and name != method}
-
-
 def tier_of(method):
     own = method.removeprefix("control of ")
     return next((tier for tier, methods in TIERS.items() if own in methods), 1)
 
 
-def row_of_table(method, cell, name, tokens, comparisons):
-    """The losses of a method on a set of records with these numbers of tokens."""
+def measures_of(results):
+    """{measure: its sum over the tokens, or choices, of each record} of a run on a set."""
+    measures = {"loss": np.array(results["losses"])}
+    if "hits" in results:
+        measures["% right"] = 100 * np.array([*results["hits"]], dtype=int)
+    return measures
 
-    def losses_of(method, seeds):
-        return np.array([cell[method][seed][name]["losses"] for seed in seeds])
 
-    own = cell[method]
-    first, *_ = own.values()
-    row = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}", "seeds": len(own)}
-    row["loss"] = mean_and_spread(losses_of(method, own).sum(axis=1) / sum(tokens), 4)
-    row |= {"minus LoRA": "", "minus its control": ""}
-    for column, rival in rivals_of(method, cell).items():
-        seeds = sorted(own.keys() & cell[rival].keys())
-        differences = losses_of(method, seeds) - losses_of(rival, seeds)
-        mean, low, high = two_way_interval(differences, tokens, 1 - 0.05 / comparisons)
-        row[column] = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    if "hits" in first[name]:
-        shares = [100 * row[name]["hits"].count("1") / len(tokens) for row in own.values()]
-        row["% right"] = mean_and_spread(shares, 1)
+def compare(some, others, measure, counts, level, digits):
+    """In words, by how much a measure of a method's runs is above another's."""
+    seeds = sorted(some.keys() & others.keys())
+    differences = np.array([some[seed][measure] - others[seed][measure] for seed in seeds])
+    mean, low, high = two_way_interval(differences, counts, level)
+    means = differences.sum(axis=1) / sum(counts)
+    mean, low, high, median = (f"{x:+.{digits}f}" for x in (mean, low, high, np.median(means)))
+    return f"{mean} ({low} to {high}), median {median}, {sum(means > 0)} of {len(seeds)} above"
+
+
+def compare_all(method, runs, tokens):
+    """The row of a method. runs: {method: {seed: measures}}. tokens: of each record."""
+    own = runs[method]
+    row = {"seeds": len(own)}
+    level = 1 - 0.05 / COMPARISONS[tier_of(method)]
+    for measure in next(iter(own.values())):
+        counts, digits = (tokens, 4) if measure == "loss" else ([1] * len(tokens), 2)
+        means = [run[measure].sum() / sum(counts) for run in own.values()]
+        row[measure] = mean_and_spread(means, digits)
+        for label, rival in (("LoRA", "LoRA"), ("its control", f"control of {method}")):
+            if rival in runs and rival != method:
+                compared = compare(own, runs[rival], measure, counts, level, digits)
+                row[f"{measure} minus {label}"] = compared
     return row
 
 
@@ -480,28 +487,26 @@ def print_tables(rows, path):
             cell = cells.setdefault((row["model"], row["task"], row["steps"]), {})
             cell.setdefault(row["method"], {})[row["seed"]] = row
     for (model, task, steps), cell in cells.items():
-        comparisons = Counter()
-        for key, other in cells.items():
-            for method in other:
-                if key[2] == steps:
-                    comparisons[tier_of(method)] += len(rivals_of(method, other))
-        counts = [f"{count} in tier {tier}" for tier, count in sorted(comparisons.items())]
         base = rows[(model, task, *UNTRAINED.values(), 0)]
-        body = f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m; m, "
-        body += f"the number of comparisons, is {', '.join(counts)}."
+        body = f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m, with "
+        body += f"the number of comparisons that a tier has when it is done: {COMPARISONS}."
         for name in ("held out", *TASKS[task][1]):
             tokens = base[name]["tokens"]
-            untrained = sum(base[name]["losses"]) / sum(tokens)
+            runs = {}
+            for method, seeds in cell.items():
+                if all(name in row for row in seeds.values()):
+                    runs[method] = {seed: measures_of(row[name]) for seed, row in seeds.items()}
             table = []
-            for tier, method in sorted((tier_of(method), method) for method in cell):
-                if all(name in row for row in cell[method].values()):
-                    m = comparisons[tier]
-                    table.append(row_of_table(method, cell, name, tokens, m))
+            for method in sorted(runs, key=lambda method: (tier_of(method), method)):
+                first, *_ = cell[method].values()
+                about = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}"}
+                table.append(about | compare_all(method, runs, tokens))
+            untrained = sum(base[name]["losses"]) / sum(tokens)
             body += f"\n\n**{name}** (untrained: {untrained:.4f})\n\n{markdown(table)}"
         report(f"Comparison: {model}, {task}, {steps} steps", body, path)
 
 
-def draw(path, points, **options):
+def draw(path, points, xlabel, ylabel):
     """A picture of points (title of a panel, label of a curve, x, y), with the means of y."""
     from matplotlib import pyplot as plt
 
@@ -512,7 +517,7 @@ def draw(path, points, **options):
     lines = math.ceil(len(panels) / 2)
     figure = plt.figure(figsize=(12, 4 * lines))
     for number, (title, curves) in enumerate(sorted(panels.items()), 1):
-        axis = figure.add_subplot(lines, 2, number, title=title, **options)
+        axis = figure.add_subplot(lines, 2, number, title=title, xlabel=xlabel, ylabel=ylabel)
         for label, curve in sorted(curves.items()):
             xs = sorted(curve)
             axis.plot(xs, [statistics.mean(curve[x]) for x in xs], marker=".", label=label)
@@ -534,10 +539,8 @@ def draw_pictures(rows, folder):
             for layer, phi in row.get("phi", {}).items():
                 block = int(re.search(r"\.(\d+)\.", layer)[1])
                 phis.append((title, layer.rpartition(".")[2], block, phi))
-    labels = dict(xlabel="rate x 1000", ylabel="validation loss, mean of seeds")
-    draw(Path(folder, "comparison_rates.png"), losses, **labels)
-    labels = dict(xlabel="block", ylabel="phi: median of tokens, mean of runs")
-    draw(Path(folder, "comparison_phi.png"), phis, **labels)
+    draw(Path(folder, "comparison_rates.png"), losses, "rate x 1000", "mean validation loss")
+    draw(Path(folder, "comparison_phi.png"), phis, "block", "phi: median of tokens, mean of runs")
 
 
 def main():
@@ -550,13 +553,12 @@ def main():
     parser.add_argument("--workers", type=int, default=6, help="processes")
     parser.add_argument("--table", help="a file of JSON lines to print tables of")
     parser.add_argument("--results", help="a Markdown file that gets the tables, too")
-    parser.add_argument("--assets", help="a folder for the pictures")
+    parser.add_argument("--assets", default="assets", help="a folder for the pictures")
     args = parser.parse_args()
     if args.table:
         rows = read_rows(args.table)
         print_tables(rows, args.results)
-        if args.assets:
-            draw_pictures(rows, args.assets)
+        draw_pictures(rows, args.assets)
         return
     asyncio.run(Plan(args).run())
 

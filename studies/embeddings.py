@@ -22,9 +22,8 @@ from studies.tables import grid, markdown, mean_and_interval, mean_and_spread, r
 
 MODEL = "the model's tokens"
 LEGEND = (
-    "p: below 0.1 a power law is ruled out. norm: Spearman's correlation of how often a token "
-    "occurs with the length of its embedding, and its 95 % interval over tokens; below 0 where "
-    "rarer tokens are longer. from the centre: with the vocabulary's mean taken off."
+    "norm: Spearman's correlation of how often a token occurs with its length, and a 95 % interval "
+    "over tokens; below 0 where rarer ones are longer. from the centre: less the vocabulary's mean."
 )
 DIMENSIONS = (2, 8, 32, 128, 384, 576, 1024, 2048, 3072, 4096)
 SIZES = {"60 points": (60, 20), "1500 points": (1500, 5)}  # of known spaces: points, draws
@@ -53,8 +52,6 @@ def read_model(folder, texts):
 
 def read_embedding(folder):
     """The token embedding (vocabulary, d) of a folder, as transformers loads it, in float32."""
-    if Path(folder, "adapter_config.json").exists():
-        sys.exit(f"{folder} holds an adapter: give the folder of its base, or of both merged")
     options = dict(dtype="auto", output_loading_info=True, local_files_only=True)
     model, loaded = transformers.AutoModel.from_pretrained(folder, **options)
     layer = model.get_input_embeddings()
@@ -66,11 +63,6 @@ def read_embedding(folder):
     if type(weight) is not torch.Tensor or any(not key.endswith(".weight") for key in unread):
         sys.exit(f"the embedding in {folder} is quantized: give a checkpoint that keeps it whole")
     return weight.float().cpu()
-
-
-def read_instructions(path, limit):
-    """The instructions of the paper's JSON, the first so many."""
-    return [text_field(record, "instruction") for record in read_objects(path)[:limit]]
 
 
 def all_tokens(prompts):
@@ -154,14 +146,10 @@ def deltas_by_dimension(prompts):
 
 def correlation(x, y):
     """Spearman's, 1 where y grows with x throughout, and its 95 % interval over tokens."""
-
-    def spearman(x, y):
-        return stats.spearmanr(x, y).statistic
-
-    options = {"n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
-    drawn = stats.bootstrap((x, y), spearman, paired=True, vectorized=False, **options)
+    options = dict(n_resamples=1000, paired=True, vectorized=False, method="percentile", rng=0)
+    drawn = stats.bootstrap((x, y), lambda x, y: stats.spearmanr(x, y).statistic, **options)
     low, high = drawn.confidence_interval
-    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{stats.spearmanr(x, y).statistic:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def frequency_blocks(model):
@@ -174,7 +162,6 @@ def frequency_blocks(model):
         law = geometry.power_law_exponent(counts)
         row = {"": f"{model.name}, {text}", "tokens": counts.sum(), "kinds": (counts > 0).sum()}
         row["exponent"] = f"{law.alpha:.2f} ± {law.error:.2f} from {law.xmin:.0f} on"
-        row["p"] = f"{geometry.power_law_p_value(counts):.2f}"
         for column, vectors in columns.items():
             norms = vectors.norm(dim=1).numpy()
             row[column] = correlation(counts[counts > 0], norms[counts > 0])
@@ -218,7 +205,10 @@ def main():
     parser.add_argument("--results", help="write the tables into this Markdown file")
     args = parser.parse_args()
     torch.set_num_threads(1)  # The tensors are small.
-    texts = {Path(path).stem: read_instructions(path, args.prompts) for path in args.data}
+    texts = {}
+    for path in args.data:
+        records = read_objects(path)[: args.prompts]
+        texts[Path(path).stem] = [text_field(record, "instruction") for record in records]
     models = [read_model(folder, texts) for folder in args.models]
     for model in tqdm(models, desc="models"):
         for text, prompts in model.prompts.items():

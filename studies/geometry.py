@@ -4,12 +4,11 @@ How far distances are from those of a tree, how fast the frequencies of tokens f
 the embeddings of rare and of frequent tokens are.
 """
 
-import math
 from collections import namedtuple
 
 import numpy as np
 import torch
-from scipy.optimize import elementwise
+from scipy import optimize
 from scipy.special import zeta
 
 
@@ -46,8 +45,7 @@ def delta_hyperbolicity(distances):
     return float(2 * delta / max(diameter, 1e-30))  # 0 if all points are one
 
 
-# error: the standard error of alpha. xmin: where the law begins. distance: Kolmogorov's and
-# Smirnov's, of the counts from xmin on to the law.
+# alpha has the standard error `error`, the law begins at xmin, and the counts are so far from it.
 PowerLaw = namedtuple("PowerLaw", ["alpha", "error", "xmin", "distance"])
 
 
@@ -63,67 +61,27 @@ def power_law_exponent(counts):
     counts = np.asarray(counts, dtype=float).ravel()
     if (counts != np.abs(counts).round()).any():
         raise ValueError("counts contains something else than whole numbers of at least 0")
-    values, times = np.unique(counts[counts > 0], return_counts=True)
-    times = times * (values >= values[:, None])  # (starts, values): one row for each xmin
-    n = times.sum(axis=1)
-    mean_log = (times * np.log(values)).sum(axis=1) / n
-    low, high = 1.001, 20.0  # where an exponent is looked for
-    args = (mean_log, values)
-    bracket = elementwise.bracket_minimum(cost, 2 + 0 * values, xmin=low, xmax=high, args=args)
-    found = elementwise.find_minimum(cost, bracket.bracket, args=args)
-    usable = (n >= 10) & (found.x > low + 1e-6) & (found.x < high - 1e-6)
-    if not usable.any():
+    low, high, step = 1.001, 20.0, 1e-3  # where an exponent is looked for
+    laws = []
+    for xmin in np.unique(counts[counts > 0]):
+        tail = counts[counts >= xmin]
+        args = (np.log(tail).mean(), xmin)
+        alpha = optimize.minimize_scalar(cost, bounds=(low, high), args=args).x
+        if len(tail) >= 10 and low + step < alpha < high - step:
+            below, at, above = cost(alpha + np.array([-step, 0, step]), *args)
+            error = (len(tail) * (below - 2 * at + above) / step**2) ** -0.5
+            values, times = np.unique(tail, return_counts=True)
+            expected = 1 - zeta(alpha, values + 1) / zeta(alpha, xmin)
+            distance = np.abs(times.cumsum() / len(tail) - expected).max()
+            laws.append(PowerLaw(float(alpha), float(error), float(xmin), float(distance)))
+    if not laws:
         raise ValueError(f"no ten counts follow a power law of an exponent of {low} to {high}")
-    observed = times.cumsum(axis=1) / n[:, None]
-    expected = 1 - zeta(found.x[:, None], values + 1) / zeta(found.x, values)[:, None]
-    distance = (np.abs(observed - expected) * (times > 0)).max(axis=1)
-    best = np.where(usable, distance, math.inf).argmin()
-    alpha = found.x[best]
-    step = 1e-3
-    below, at, above = cost(alpha + np.array([-step, 0, step]), mean_log[best], values[best])
-    error = (n[best] * (below - 2 * at + above) / step**2) ** -0.5
-    return PowerLaw(float(alpha), float(error), float(values[best]), float(distance[best]))
+    return min(laws, key=lambda law: law.distance)
 
 
 def cost(alpha, mean_log, xmin):
     """Minus the mean log likelihood of a count under p(x) = x^-alpha / zeta(alpha, xmin)."""
     return np.log(zeta(alpha, xmin)) + alpha * mean_log
-
-
-def power_law_p_value(counts, draws=100, seed=0):
-    """How often samples of the fitted law are as far from a power law as the counts are.
-
-    Below 0.1 the source rules a power law out. Each sample takes the law's values from xmin on and
-    the counts' own below, in the same proportion, and is fitted anew, xmin included.
-
-    Source: Clauset, Shalizi, Newman (2009), section 4.1.
-    """
-    law = power_law_exponent(counts)
-    counts = np.asarray(counts).ravel()
-    counts = counts[counts > 0]
-    below = counts[counts < law.xmin]
-    random = np.random.default_rng(seed)
-    farther = 0
-    for _ in range(draws):
-        n_below = random.binomial(len(counts), len(below) / len(counts))
-        from_law = sample_power_law(law, len(counts) - n_below, random)
-        sample = np.append(from_law, random.choice(below, n_below))
-        farther += power_law_exponent(sample).distance >= law.distance
-    return farther / draws
-
-
-def sample_power_law(law, n, random):
-    """n draws: whole parts of a continuous law, each kept with the chance that is due to it."""
-
-    def due(x):
-        """x^-alpha over x^(1 - alpha) - (x + 1)^(1 - alpha), which falls as x grows."""
-        return -1 / (x * np.expm1((1 - law.alpha) * np.log1p(1 / x)))
-
-    kept = np.empty(0)
-    while len(kept) < n:
-        x = np.floor(law.xmin * (1 - random.random(2 * n)) ** (1 / (1 - law.alpha)))
-        kept = np.append(kept, x[random.random(2 * n) * due(law.xmin) <= due(x)])
-    return kept[:n]
 
 
 def norm_by_frequency(embedding, token_ids, bins=10):

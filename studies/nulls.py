@@ -13,11 +13,6 @@ import torch.nn.functional as F
 from scipy.sparse import csgraph
 
 
-def reordered_prompts(prompts, vocabulary, generator):
-    """Each prompt's own tokens in random order, which gives it another base point."""
-    return [[p[i] for i in torch.randperm(len(p), generator=generator)] for p in prompts]
-
-
 def shuffled_prompts(prompts, vocabulary, generator):
     """All prompts' tokens in random order, cut at the same lengths."""
     text = torch.tensor([token for prompt in prompts for token in prompt])
@@ -76,7 +71,6 @@ def hierarchy(points, whole, generator):
 
 
 TOKENS = {  # prompts, as lists of token ids -> as many of the same lengths
-    "each prompt's own tokens, in another order": reordered_prompts,
     "all prompts' tokens, shuffled among them": shuffled_prompts,
     "random tokens of the vocabulary": random_tokens,
 }

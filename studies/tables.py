@@ -76,10 +76,9 @@ def machine(device="cpu"):
 def stamp(command, device="cpu", libraries=()):
     """When, where, with what and by which command: the line above what a study prints."""
     versions = [f"{library.__name__} {library.__version__}" for library in (torch, *libraries)]
-    describe = "git describe --always --dirty --exclude='*' || echo unknown"
     options = dict(shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = subprocess.run(describe, **options).stdout.strip()
-    where = f"{datetime.date.today()}, {machine(device)}, commit {commit}"
+    commit = subprocess.run("git describe --always --dirty --exclude='*'", **options).stdout.strip()
+    where = f"{datetime.date.today()}, {machine(device)}, commit {commit or 'unknown'}"
     return f"{where}, {', '.join(versions)}. `{command}`"
 
 

@@ -19,18 +19,12 @@ for package in ("scipy", "transformers", "peft", "safetensors", "matplotlib", "t
     pytest.importorskip(package, reason="pip install -r tests/requirements.txt")
 
 import numpy as np
-import peft
 import safetensors.torch
 import transformers
 from conftest import write_folder, write_sums
 
 from studies import authors, comparison, embeddings, geometry, nulls, tables
-from studies.geometry import (
-    delta_hyperbolicity,
-    euclidean_distances,
-    power_law_exponent,
-    power_law_p_value,
-)
+from studies.geometry import delta_hyperbolicity, euclidean_distances, power_law_exponent
 
 torch.set_num_threads(1)  # The tensors are tiny: threads would only wait for each other.
 
@@ -108,16 +102,6 @@ def test_no_number_is_made_up_where_there_is_nothing_to_measure():
             power_law_exponent(counts)
 
 
-def test_the_p_value_is_uniform_under_the_law_and_rejects_another():
-    laws = [samples_of_the_law(2.2, xmin=3, n=500, seed=seed) for seed in range(8)]
-    p_values = [power_law_p_value(counts, draws=15) for counts in laws]
-    assert 0.25 < sum(p_values) / 8 < 0.75
-    assert max(p_values) - min(p_values) > 0.4
-    uniform = torch.rand(2000, generator=generator(), dtype=torch.float64)
-    exponential = (1 - 8 * uniform.log()).floor()
-    assert power_law_p_value(exponential[exponential < 40], draws=20) <= 0.1
-
-
 def test_norms_are_put_beside_how_often_their_tokens_occur():
     embedding = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 3.0], [9.0, 9.0]])
     token_ids = torch.tensor([0] + 99 * [1] + 99 * [2] + [0])
@@ -134,9 +118,7 @@ def test_other_tokens_lose_the_meaning_of_a_prompt_and_nothing_else():
     shuffled = nulls.shuffled_prompts(PROMPTS, 10, generator())
     assert [len(prompt) for prompt in shuffled] == [5, 7, 4]
     assert sorted(itertools.chain(*shuffled)) == sorted(itertools.chain(*PROMPTS))
-    reordered = nulls.reordered_prompts(PROMPTS, 10, generator())
-    assert [sorted(prompt) for prompt in reordered] == [sorted(prompt) for prompt in PROMPTS]
-    assert shuffled != PROMPTS != reordered
+    assert shuffled != PROMPTS
     drawn = nulls.random_tokens(PROMPTS, 1000, generator())
     assert 100 < max(itertools.chain(*drawn)) < 1000
     for old, new in zip(PROMPTS, drawn):
@@ -253,21 +235,6 @@ def test_no_random_packed_or_unscaled_numbers_are_taken_for_vectors(checkpoint):
     assert "is quantized" in refused(embeddings.read_embedding, checkpoint)
 
 
-def test_an_adapters_embedding_is_not_taken_for_the_models(checkpoint, tmp_path):
-    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
-    assert "holds an adapter" in refused(embeddings.read_embedding, tmp_path / "adapter")
-
-
-def test_json_lines_are_records_and_a_text_without_them_is_refused(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text("\n".join(json.dumps({"instruction": text}) for text in "abc"))
-    assert embeddings.read_instructions(path, 2) == ["a", "b"]
-    path.write_text("What is two and two?")
-    assert "data.json" in refused(embeddings.read_instructions, path, None)
-
-
 def test_delta_of_a_prompt_takes_its_tokens_in_order_and_the_first_as_base():
     embedding = randn(9, 3).float()
     prompt = [4, 2, 7, 2, 1, 8]
@@ -293,7 +260,8 @@ def test_the_program_prints_draws_and_replaces_its_own_sections_alone(
     printed = capsys.readouterr().out
     written = results.read_text()
     assert "old" not in written and f"\n\n{section}, too\n\nkept\n\n\n## K\n\nk\n\n## Em" in written
-    length = sum(len(text) for text in embeddings.read_instructions(data, None))  # one token a byte
+    records = json.loads(Path(data).read_text())
+    length = sum(len(record["instruction"]) for record in records)  # one token a byte
     assert f"| checkpoint, sums | {length} |" in printed
     for line in printed.splitlines():
         assert line in written and "nan" not in line
@@ -311,6 +279,17 @@ def test_the_two_way_interval_has_the_variance_of_seeds_and_of_records():
     assert mean == pytest.approx(seeds.mean() + records.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.05)
     assert tables.two_way_interval(np.outer(np.ones(3), counts), counts)[1:] == (1, 1)
+
+
+def test_a_comparison_in_words_is_over_the_seeds_that_both_have():
+    base = {seed: {"loss": np.array([1.0, 3.0])} for seed in (0, 1, 2)}
+    runs = {"LoRA": base, "DoRA": {seed: {"loss": np.array([2.0, 4.0])} for seed in (1, 2, 3)}}
+    found = comparison.compare_all("DoRA", runs, tokens=[1, 3])
+    assert found["seeds"] == 3 and found["loss"] == "1.5000 ± 0.0000"
+    words = "+0.5000 (+0.3333 to +1.0000), median +0.5000, 2 of 2 above"
+    assert found["loss minus LoRA"] == words  # from one record to the other
+    choices = comparison.measures_of({"losses": [1.0, 3.0], "hits": "10"})
+    assert choices["% right"].tolist() == [100, 0]
 
 
 @pytest.fixture
@@ -396,6 +375,6 @@ def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
         assert row["alpha"] == 128 and row["rate"] == pytest.approx(best[row["method"]], rel=0.2)
     comparison.print_tables(rows, None)
     printed = capsys.readouterr().out
-    assert "4 in tier 1" in printed and "(untrained: 4.5000)" in printed
+    assert "{1: 28, " in printed and "(untrained: 4.5000)" in printed
     comparison.draw_pictures(rows, tmp_path)
     assert len(list(tmp_path.glob("comparison_*.png"))) == 2
