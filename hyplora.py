@@ -244,7 +244,7 @@ def find_linear_layers(model, targets):
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if features_of(module)]
     if targets == "all-linear":
-        heads = {"lm_head", "embed_out", "head", "score", "classifier"}
+        heads = {"lm_head", "embed_out", "head", "score", "classifier", "qa_outputs"}
         names = [name for name in linears if heads.isdisjoint(name.split("."))]
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = [name for name in names if modules[name] is not head]
@@ -312,7 +312,7 @@ def hyplora_layers(model):
 
 
 def hyplora_parameters(model):
-    """What trains, as optimizer groups; lora_K is in one without weight decay."""
+    """What trains, as optimizer groups; lora_K without weight decay. (Clip model.parameters().)"""
     if not hyplora_layers(model):
         raise ValueError("the model has no adapters: call inject_hyplora first")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -324,8 +324,8 @@ def hyplora_parameters(model):
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context, for all threads, the model is its frozen base, bit for bit. Contexts may
-    overlap. Where checkpointing repeats a forward pass, backward() belongs into the context, too.
-    """
+    overlap; a copy made within stays off. Where checkpointing repeats a forward pass, backward()
+    belongs into the context, too."""
     layers = hyplora_layers(model).values()
     for layer in layers:
         layer.disabled += 1
@@ -357,8 +357,8 @@ def measure_tokens(model, args, kwargs):
     def look(layer, args, kwargs):
         x = widen([*args, *kwargs.values()][0])
         counts = (x != 0).any(dim=-1)
-        if torch.is_tensor(mask) and mask.shape == counts.shape:
-            counts = counts & (mask.to(x.device) > 0)
+        if torch.is_tensor(mask) and counts.shape in (mask.shape, mask.flatten().shape):
+            counts = counts & (mask.to(x.device).reshape(counts.shape) > 0)
         x = x[counts]
         with torch.autocast(x.device.type, enabled=False):
             lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
@@ -454,23 +454,23 @@ def set_hyplora_state_dict(model, tensors):
 
 
 def save_hyplora(model, path, tensors=None):
-    """Write hyplora_state_dict(model), or the same gathered from shards, to path, atomically. Warns
-    of adapters that are still as they started, and of what was trained and is frozen again. Raises
-    ValueError if there are no whole adapters.
-    """
+    """Write hyplora_state_dict(model), or the same gathered from shards, to path, atomically. Give
+    the inner model of DDP or torch.compile. Warns of adapters that are as they started, and of
+    frozen weights that are new or changed. Raises ValueError unless all is there and finite."""
     options = {name: layer.options for name, layer in hyplora_layers(model).items()}
     if not options:
         raise ValueError("this model has no adapters to save")
     tensors = hyplora_state_dict(model) if tensors is None else tensors
-    if len([name for name in tensors if "lora_" in name]) < 4 * len(options):
-        raise ValueError("tensors lack lora_A, lora_B, lora_K or lora_unit of a layer")
+    finite = [name for name, t in tensors.items() if t.isfinite().all()]
+    if finite != [*tensors] or sum("lora_" in name for name in finite) < 4 * len(options):
+        raise ValueError("tensors lack lora_A, lora_B, lora_K or lora_unit, or are not finite")
     fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:
         warnings.warn(f"not trained, or never called by their owner: {fresh}", stacklevel=2)
-    frozen = {name: p for name, p in model.named_parameters() if name not in tensors}
-    lost = [n for n, p in frozen.items() if getattr(p, "hyplora_version", p._version) < p._version]
+    frozen = {n: p for n, p in model.named_parameters() if n not in tensors and not p.is_meta}
+    lost = [n for n, p in frozen.items() if getattr(p, "hyplora_version", -1) < p._version]
     if 0 < len(lost) < len(frozen):  # DDP's first broadcast writes to all of them.
-        warnings.warn(f"changed, but frozen and so not saved: {lost}", stacklevel=2)
+        warnings.warn(f"changed or new, but frozen and so not saved: {lost}", stacklevel=2)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
         whole = os.path.join(folder, "adapter.pt")
         torch.save({"hyplora": 3, "layers": options, "tensors": tensors}, whole)

@@ -16,6 +16,7 @@ def test_all_linear_leaves_out_the_head_that_a_model_declares():
     model.decoder = model.classifier
     del model.classifier
     model.get_output_embeddings = lambda: model.decoder
+    model.qa_outputs = nn.Linear(8, 2)  # This one is known by its name.
     assert hyplora.inject_hyplora(model, "all-linear") == QV
 
 

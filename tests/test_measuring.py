@@ -32,6 +32,8 @@ def test_padding_does_not_count_and_the_model_is_as_it_was():
     mask[:, 7:] = 0
     model.blocks[0].eval()  # One of its layers stands in another place, too, which is in training.
     modes = [module.training for module in model.modules()]
+    flat = model.blocks[1]["v_proj"]  # It gets (tokens, 8), as OPT's layers and experts do.
+    flat.register_forward_pre_hook(lambda layer, inputs: inputs[0].flatten(0, 1))
     padded = hyplora.calibrate_curvature(model, IDS, attention_mask=mask)
     additive = torch.where(mask > 0, 0.0, -1e9)
     with pytest.raises(ValueError, match="no adapted layer saw a token"):

@@ -68,6 +68,16 @@ def test_adapters_that_nothing_calls_are_named_when_saving(tmp_path):
         save_hyplora(model, tmp_path / "adapter.pt")
 
 
+def test_a_frozen_module_that_came_after_the_adapters_is_named_when_saving(tmp_path, recwarn):
+    model = trained()
+    model.embed = nn.Embedding(11, 8).to("meta").requires_grad_(False)  # As offloading leaves it.
+    save_hyplora(model, tmp_path / "adapter.pt")
+    assert not recwarn
+    model.embed = nn.Embedding(12, 8).requires_grad_(False)  # As resizing a vocabulary does.
+    with pytest.warns(UserWarning, match=r"new, but frozen and so not saved: \['embed.weight'\]"):
+        save_hyplora(model, tmp_path / "adapter.pt")
+
+
 def test_tensors_without_numbers_are_not_saved(tmp_path):
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8))
@@ -80,6 +90,10 @@ def test_tensors_without_numbers_are_not_saved(tmp_path):
         save_hyplora(flat, tmp_path / "adapter.pt")
     with pytest.raises(ValueError, match="no adapters to save"):
         save_hyplora(Toy(), tmp_path / "adapter.pt")
+    diverged = trained()
+    nn.init.constant_(diverged.classifier.bias, math.nan)
+    with pytest.raises(ValueError, match="not finite"):  # Loading would refuse it.
+        save_hyplora(diverged, tmp_path / "adapter.pt")
     assert not list(tmp_path.iterdir())
 
 
