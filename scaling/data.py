@@ -7,13 +7,10 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import transformers
+
 from scaling.scoring import pattern_of
 from scaling.training import say
-
-try:
-    import transformers
-except ImportError as error:
-    sys.exit(f"scaling/ is built on transformers ({error}): pip install transformers jinja2")
 
 ALPACA = (  # of the paper's code, and of Alpaca before it
     "Below is an instruction that describes a task. "
@@ -102,9 +99,8 @@ class Prompts:
 
     def encode(self, text):
         """Text -> token ids without an end token, which some tokenizers would append."""
-        return (
-            self.start + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return self.start + encoded["input_ids"]
 
     def decode(self, ids):
         """Token ids up to the first that ends an answer -> text without special tokens."""

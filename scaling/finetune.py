@@ -69,7 +69,6 @@ def parse_arguments(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base")
     add("--shard", action="store_true", help="under torchrun: FSDP2 spreads the base")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--no-kernels", action="store_true", help="on CUDA, leave out scaling/kernels.py")
     args = parser.parse_args(argv)
     if args.recipe is not None:
         args = parser.parse_args(RECIPES[args.recipe].split() + (argv or sys.argv[1:]))
@@ -77,6 +76,8 @@ def parse_arguments(argv=None):
         parser.error("either train with --data FILE, or score with --score-only ADAPTER")
     if not args.eval and (args.score_only is not None or args.predictions is not None):
         parser.error("--score-only and --predictions need --eval FILE ...")
+    if min({args.steps, args.epochs, args.batch_size} - {None}) < 1:
+        parser.error("--steps, --epochs and --batch-size must be at least 1")
     if args.shard and training.PROCESSES == 1:
         parser.error("--shard spreads the base over processes: start torchrun --nproc-per-node N")
     return args
@@ -85,7 +86,7 @@ def parse_arguments(argv=None):
 def choose_alpha(args, family, curvature):
     """--alpha if it is given, else the recipe's for this adapter and family, else 16."""
     if args.alpha is not None or args.recipe is None:
-        return args.alpha or 16.0
+        return 16.0 if args.alpha is None else args.alpha
     if curvature == math.inf:
         return 64.0
     if family not in ALPHAS:
@@ -113,7 +114,7 @@ def place(model, args):
     model.generation_config = transformers.GenerationConfig()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if args.device.type == "cuda" and not args.no_kernels:
+    if args.device.type == "cuda":
         try:
             from scaling.kernels import use_kernels
 
@@ -128,7 +129,8 @@ def adapter_targets(model, targets):
     inside = set(model.get_decoder().modules())
     targets = "all-linear" if targets == ["all-linear"] else targets
     names = hyplora.find_linear_layers(model, targets)
-    return [name for name in names if model.get_submodule(name) in inside]
+    names = [name for name in names if model.get_submodule(name) in inside]
+    return names or sys.exit(f"--targets {targets} names no linear layer of the text decoder")
 
 
 def share_of(model):
@@ -234,6 +236,7 @@ def train_and_score(args):
     for name, options in adapters.items():
         model = load_base(args)
         if options is None and RANK == 0:
+            adapter_targets(model, args.targets)  # A wrong name is found before anything is scored.
             open_run(args, prompts, model)
         elif options is not None and model is not None:
             torch.manual_seed(args.seed)

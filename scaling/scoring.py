@@ -54,11 +54,8 @@ def extract(output, answer, letters="first"):
         found = re.findall(NUMBER, output.replace(",", ""))
         return float(found[-1]) if found else None
     if pattern == LETTER and letters == "released":
-        for released in RELEASED_LETTERS:
-            found = re.findall(released, output.strip())
-            if found:
-                return found[-1]
-        return None
+        hits = [re.findall(released, output.strip()) for released in RELEASED_LETTERS]
+        return next((found[-1] for found in hits if found), None)
     found = re.search(pattern, output if pattern == LETTER else output.lower())
     return found.group() if found else None
 

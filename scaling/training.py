@@ -1,7 +1,6 @@
 """Training over one process or many: DDP, or FSDP2, which spreads the base over them.
 
-A step depends on its number and the state file alone, so that a run that was stopped and resumed
-ends where an uninterrupted one does. README.md says when this is bit for bit.
+A step depends on its number and the state file alone: a run can stop and go on anywhere.
 """
 
 import copy
@@ -17,9 +16,14 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import hyplora
+
+try:
+    import transformers  # noqa: F401  (data.py and finetune.py use it.)
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"scaling/ is built on transformers ({error}): pip install transformers jinja2")
 
 IGNORE = -100  # The label of a token that has no loss, as everywhere in PyTorch.
 SAVE_STEPS = 200  # A state is written every so many steps.

@@ -191,6 +191,14 @@ def test_what_cannot_be_written_is_found_before_the_training(llama, tmp_path, mo
             finetune.main(options(llama, tmp_path, out, *more))
 
 
+@pytest.mark.parametrize("wrong", ["steps 0", "epochs -1", "targets query", "targets lm_head"])
+def test_a_wrong_option_is_found_before_anything_is_scored(wrong, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "score", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises((SystemExit, ValueError), match=r"2|got \['query'\]|lm_head.*names no"):
+        finetune.main(options(llama, tmp_path, "out", *f"--{wrong}".split()))
+    assert not (tmp_path / "out/options.json").exists()
+
+
 def test_processes_of_a_scheduler_alone_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(SystemExit, match="SLURM_STEP_NUM_TASKS is 2, but"):

@@ -116,9 +116,8 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8], [9, 7, 9, 3]]
 
 def test_other_tokens_lose_the_meaning_of_a_prompt_and_nothing_else():
     shuffled = nulls.shuffled_prompts(PROMPTS, 10, generator())
-    assert [len(prompt) for prompt in shuffled] == [5, 7, 4]
+    assert [len(prompt) for prompt in shuffled] == [5, 7, 4] and shuffled != PROMPTS
     assert sorted(itertools.chain(*shuffled)) == sorted(itertools.chain(*PROMPTS))
-    assert shuffled != PROMPTS
     drawn = nulls.random_tokens(PROMPTS, 1000, generator())
     assert 100 < max(itertools.chain(*drawn)) < 1000
     for old, new in zip(PROMPTS, drawn):
@@ -260,8 +259,7 @@ def test_the_program_prints_draws_and_replaces_its_own_sections_alone(
     printed = capsys.readouterr().out
     written = results.read_text()
     assert "old" not in written and f"\n\n{section}, too\n\nkept\n\n\n## K\n\nk\n\n## Em" in written
-    records = json.loads(Path(data).read_text())
-    length = sum(len(record["instruction"]) for record in records)  # one token a byte
+    length = sum(len(r["instruction"]) for r in json.loads(Path(data).read_text()))  # bytes
     assert f"| checkpoint, sums | {length} |" in printed
     for line in printed.splitlines():
         assert line in written and "nan" not in line
@@ -286,8 +284,7 @@ def test_a_comparison_in_words_is_over_the_seeds_that_both_have():
     runs = {"LoRA": base, "DoRA": {seed: {"loss": np.array([2.0, 4.0])} for seed in (1, 2, 3)}}
     found = comparison.compare_all("DoRA", runs, tokens=[1, 3])
     assert found["seeds"] == 3 and found["loss"] == "1.5000 ± 0.0000"
-    words = "+0.5000 (+0.3333 to +1.0000), median +0.5000, 2 of 2 above"
-    assert found["loss minus LoRA"] == words  # from one record to the other
+    assert found["loss minus LoRA"] == "+0.5000 (+0.3333 to +1.0000), median +0.5000, 2 of 2 above"
     choices = comparison.measures_of({"losses": [1.0, 3.0], "hits": "10"})
     assert choices["% right"].tolist() == [100, 0]
 
