@@ -362,8 +362,9 @@ def measure_tokens(model, args, kwargs):
         x = x[counts]
         with torch.autocast(x.device.type, enabled=False):
             lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
-            update = hyplora_update(x, layer.lora_A, layer.lora_B, layer.K)
-        ratios = [length(x), length(lora) / length(x), length(update) / length(lora)]
+            r, lora_r = radii(x, lora, layer.K)  # At B = 0, this gives phi's limit.
+            phi = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=12.0))) / lora_r
+        ratios = [length(x), length(lora) / length(x), phi]
         if len(x):
             seen.setdefault(names[layer], []).append(torch.cat(ratios, dim=-1))
 
@@ -409,7 +410,8 @@ def calibrate_curvature(model, *args, **kwargs):
 def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. While B is 0, phi reads 1.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it is in the hundreds,
+    before training or after, a few tokens far out rule the gradient, and training may fail.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
@@ -458,12 +460,10 @@ def save_hyplora(model, path, tensors=None):
     the inner model of DDP or torch.compile. Warns of adapters that are as they started, and of
     frozen weights that are new or changed. Raises ValueError unless all is there and finite."""
     options = {name: layer.options for name, layer in hyplora_layers(model).items()}
-    if not options:
-        raise ValueError("this model has no adapters to save")
     tensors = hyplora_state_dict(model) if tensors is None else tensors
     finite = [name for name, t in tensors.items() if t.isfinite().all()]
-    if finite != [*tensors] or sum("lora_" in name for name in finite) < 4 * len(options):
-        raise ValueError("tensors lack lora_A, lora_B, lora_K or lora_unit, or are not finite")
+    if finite != [*tensors] or not 0 < 4 * len(options) <= sum("lora_" in n for n in finite):
+        raise ValueError("there are no adapters to save, or they are not whole and finite")
     fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:
         warnings.warn(f"not trained, or never called by their owner: {fresh}", stacklevel=2)

@@ -32,8 +32,7 @@ def test_padding_does_not_count_and_the_model_is_as_it_was():
     mask[:, 7:] = 0
     model.blocks[0].eval()  # One of its layers stands in another place, too, which is in training.
     modes = [module.training for module in model.modules()]
-    flat = model.blocks[1]["v_proj"]  # It gets (tokens, 8), as OPT's layers and experts do.
-    flat.register_forward_pre_hook(lambda layer, inputs: inputs[0].flatten(0, 1))
+    model.blocks[1]["v_proj"].register_forward_pre_hook(lambda _, x: x[0].flatten(0, 1))  # as OPT
     padded = hyplora.calibrate_curvature(model, IDS, attention_mask=mask)
     additive = torch.where(mask > 0, 0.0, -1e9)
     with pytest.raises(ValueError, match="no adapted layer saw a token"):
@@ -72,6 +71,9 @@ def test_statistics_by_a_literal_formula_and_of_the_tokens_that_calibration_coun
         small = hyplora.hyplora_statistics(model, x)["0"]
     assert small["phi"] == pytest.approx((radius.sinh() / radius).mean().item(), rel=1e-5)
     assert small["gain"] == pytest.approx(1e-25 * want["gain"], rel=1e-5)
+    nn.init.zeros_(layer.lora_B)
+    fresh = hyplora.hyplora_statistics(model, 12 * x / radius)["0"]
+    assert fresh["phi"] == pytest.approx(math.sinh(12) / 12, rel=1e-4)
 
 
 def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():

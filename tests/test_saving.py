@@ -88,12 +88,11 @@ def test_tensors_without_numbers_are_not_saved(tmp_path):
     flat.shared.lora_B.data = flat.shared.lora_B.data.flatten()[:0]  # As ZeRO-3 leaves it.
     with pytest.raises(ValueError, match="adapter of blocks.0.q_proj is sharded"):
         save_hyplora(flat, tmp_path / "adapter.pt")
-    with pytest.raises(ValueError, match="no adapters to save"):
-        save_hyplora(Toy(), tmp_path / "adapter.pt")
     diverged = trained()
-    nn.init.constant_(diverged.classifier.bias, math.nan)
-    with pytest.raises(ValueError, match="not finite"):  # Loading would refuse it.
-        save_hyplora(diverged, tmp_path / "adapter.pt")
+    nn.init.constant_(diverged.classifier.bias, math.nan)  # Loading would refuse it.
+    for model in (Toy(), diverged):
+        with pytest.raises(ValueError, match="no adapters to save, or they are not"):
+            save_hyplora(model, tmp_path / "adapter.pt")
     assert not list(tmp_path.iterdir())
 
 

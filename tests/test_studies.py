@@ -285,8 +285,7 @@ def test_a_comparison_in_words_is_over_the_seeds_that_both_have():
     found = comparison.compare_all("DoRA", runs, tokens=[1, 3])
     assert found["seeds"] == 3 and found["loss"] == "1.5000 ± 0.0000"
     assert found["loss minus LoRA"] == "+0.5000 (+0.3333 to +1.0000), median +0.5000, 2 of 2 above"
-    choices = comparison.measures_of({"losses": [1.0, 3.0], "hits": "10"})
-    assert choices["% right"].tolist() == [100, 0]
+    assert comparison.measures_of(dict(losses=[1, 3], hits="10"))["% right"].tolist() == [100, 0]
 
 
 @pytest.fixture
@@ -334,8 +333,8 @@ def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path):
     factors = {name: 2.0 for name in layers if name.endswith(tuple(comparison.TARGETS))}
     control = losses(method="control of HypLoRA", factors=factors)
     assert control == losses(alpha=128) != losses()
-    others = ["DoRA", "HypLoRA", "HypLoRA, raw K = 0.5", "HypLoRA, radius 4", *comparison.AUTHORS]
-    others.append("HypLoRA, down alone, radius 1")
+    others = ["DoRA", "HypLoRA", "HypLoRA, raw K = 0.5", "HypLoRA, radius 4"]
+    others += ["HypLoRA, down alone, radius 1", *comparison.AUTHORS]
     assert len({str(losses(method=method)) for method in others}) == len(others)
 
 
