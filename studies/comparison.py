@@ -107,6 +107,7 @@ CURVATURES = {
     "HypLoRA, own alpha": 0.5,
     "HypLoRA, 1.0": 1.0,
     "HypLoRA, raw K = 0.5": 0.5,  # The unit is 1.
+    "HypLoRA, bound 4": 0.5,  # A token beyond radius 4, instead of 12, counts as if it lay there.
     "HypLoRA, radius 1": 1.0,  # K is fixed here and in what follows.
     "HypLoRA, radius 2": 1 / 4,
     "HypLoRA, radius 4": 1 / 16,
@@ -118,18 +119,21 @@ CURVATURES = {
 AUTHORS = {"authors' hyplora": 128, "authors' simplified": 256}  # the alpha of their scripts
 TIERS = {
     1: ["HypLoRA", "DoRA"],
-    2: ["HypLoRA, 1.0", "HypLoRA, raw K = 0.5", *AUTHORS, "HypLoRA, own alpha"],
+    2: ["HypLoRA, own alpha", "HypLoRA, 1.0", "HypLoRA, raw K = 0.5", "HypLoRA, bound 4", *AUTHORS],
     3: [name for name in CURVATURES if "radius" in name],
 }
-COMPARISONS = {1: 28, 2: 44, 3: 15}  # with LoRA and with controls, as many as a tier has when done
+TIER_OF = {"LoRA": 1}
+for tier, methods in TIERS.items():
+    TIER_OF |= {name: tier for method in methods for name in (method, f"control of {method}")}
+COMPARISONS = {1: 28, 2: 56, 3: 15}  # with LoRA and with controls, as many as a tier has when done
 
 
-class AuthorsLinear(hyplora.HypLoRALinear):
-    """A layer of the authors' release: its parameter k is curvature + lora_K."""
+class OtherLinear(hyplora.HypLoRALinear):
+    """A layer with another update. The parameter k of the authors' layers is curvature + lora_K."""
 
     def forward(self, input):
         out = self.base(input)
-        k = self.options["curvature"] + self.lora_K
+        k = self.options["curvature"] + self.lora_K if self.is_authors else self.K
         update = self.update(input.float(), self.lora_A, self.lora_B, k)
         return out + (self.scaling * update).to(out.dtype)
 
@@ -152,14 +156,17 @@ def adapt(model, setting, inputs):
         layer.lora_K.requires_grad_("radius" not in method)
         if "raw" in method:
             layer.lora_unit.fill_(1.0)
-        if method in AUTHORS:
-            layer.__class__ = AuthorsLinear
+        if method in AUTHORS or "bound" in method:
+            layer.__class__ = OtherLinear
+            layer.is_authors = method in AUTHORS
+            layer.update = functools.partial(hyplora.hyplora_update, max_radius=4.0)
+        if method == "authors' simplified":
             layer.update = simplified_update
         if method == "authors' hyplora":
             unit = torch.full_like(layer.lora_unit, math.sqrt(layer.in_features))
             layer.lora_scale = nn.Parameter(unit)
             layer.update = functools.partial(authors_update, scale=layer.lora_scale)
-    if DEVICE == "cuda" and method not in AUTHORS:
+    if DEVICE == "cuda" and method not in AUTHORS and "bound" not in method:
         from scaling.kernels import use_kernels
 
         use_kernels(model)
@@ -299,9 +306,8 @@ def train(base, setting, seed, records):
 
 
 def work(setting, seed, folder):
-    """Train a setting with a seed: a row of results. The untrained model has no setting to train;
-    its row also has the number of tokens of each answer.
-    """
+    """Train a setting with a seed: a row of results. Without steps it is the untrained model's, and
+    has the number of tokens of each answer, too."""
     torch.set_num_threads(1)
     records = read_task(setting["task"], setting["model"], folder)
     row = name_of(setting) | {"seed": seed, "date": str(datetime.date.today())}
@@ -440,11 +446,6 @@ class Plan:
 # --- Tables and pictures ------------------------------------------------------------------------
 
 
-def tier_of(method):
-    own = method.removeprefix("control of ")
-    return next((tier for tier, methods in TIERS.items() if own in methods), 1)
-
-
 def measures_of(results):
     """{measure: its sum over the tokens, or choices, of each record} of a run on a set."""
     measures = {"loss": np.array(results["losses"])}
@@ -467,7 +468,7 @@ def compare_all(method, runs, tokens):
     """The row of a method. runs: {method: {seed: measures}}. tokens: of each record."""
     own = runs[method]
     row = {"seeds": len(own)}
-    level = 1 - 0.05 / COMPARISONS[tier_of(method)]
+    level = 1 - 0.05 / COMPARISONS[TIER_OF[method]]
     for measure in next(iter(own.values())):
         counts, digits = (tokens, 4) if measure == "loss" else ([1] * len(tokens), 2)
         means = [run[measure].sum() / sum(counts) for run in own.values()]
@@ -497,7 +498,7 @@ def print_tables(rows, path):
                 if all(name in row for row in seeds.values()):
                     runs[method] = {seed: measures_of(row[name]) for seed, row in seeds.items()}
             table = []
-            for method in sorted(runs, key=lambda method: (tier_of(method), method)):
+            for method in sorted(runs, key=lambda method: (TIER_OF[method], method)):
                 first, *_ = cell[method].values()
                 about = {"": method, "alpha": first["alpha"], "rate": f"{first['rate']:.2g}"}
                 table.append(about | compare_all(method, runs, tokens))

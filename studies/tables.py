@@ -52,8 +52,7 @@ def two_way_interval(differences, counts, level=0.95, draws=10000):
     n_seeds, n_records = differences.shape
     seeds = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
     records = generator.multinomial(n_records, [1 / n_records] * n_records, size=draws)
-    totals = (seeds @ differences * records).sum(axis=1)
-    means = totals / (n_seeds * records @ counts)
+    means = (seeds @ differences * records).sum(axis=1) / (n_seeds * records @ counts)
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return differences.sum() / (n_seeds * np.sum(counts)), low, high
 

@@ -200,7 +200,6 @@ def variant_network(kind, **options):
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_at_curvature_infinity_a_variant_is_pefts_and_saved_and_switched_off(kind, tmp_path):
-    """AdaLoRA also with its penalty and its budget."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     adaptive, options = kind.startswith("Ada"), dict(lora_alpha=8, target_modules=["0", "2"])
     schedule = dict(init_r=4, target_r=2, tinit=3, tfinal=5, deltaT=1, total_step=20)
@@ -216,7 +215,7 @@ def test_at_curvature_infinity_a_variant_is_pefts_and_saved_and_switched_off(kin
     optimizers = [torch.optim.AdamW(parameters, lr=0.05) for parameters in zip(*pairs)]
     for step in range(1, 21):
         outputs, out = theirs.base_model(X), ours(X)
-        penalty = 0.1 * variants.orthogonality(ours) if adaptive else 0
+        penalty = 0.1 * variants.orthogonality(ours) if adaptive else 0  # as AdaLoRA's loss has
         losses = (outputs.loss, (out - Y).square().mean() + penalty)
         torch.testing.assert_close(out, outputs.out, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)

@@ -67,7 +67,6 @@ def test_a_family_learns_and_its_loss_is_that_of_the_model_itself(family, tmp_pa
 
 
 def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeypatch):
-    """A process of another rank draws other random numbers in the same step."""
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     inject_hyplora(model, ["q_proj"])
     seen = []
@@ -82,7 +81,7 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     argv = options(llama, tmp_path, ".", "--steps", "8", "--lr", "1", "--warmup-steps", "4")
     args = finetune.parse_arguments(argv)
     records = [Record(i, [1, 2], [i], "") for i in range(10)]
-    for rank in (0, 0, 1):
+    for rank in (0, 0, 1):  # A process of another rank draws other random numbers in a step.
         monkeypatch.setattr(training, "RANK", rank)
         training.train(model, args, "x", records)
     assert rates[:8] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])

@@ -1,5 +1,4 @@
-"""studies/ against definitions written out, spaces whose answer is known, and files as the hubs
-distribute them."""
+"""studies/ against definitions written out, spaces whose answer is known, and hubs' folders."""
 # ruff: noqa: E402  (what is not installed is skipped before it is imported)
 
 import argparse
@@ -325,7 +324,7 @@ def test_the_comparison_scores_as_transformers_does(setting, tmp_path):
         assert loss == pytest.approx(count * model(ids, labels=labels).loss.item(), abs=0.01)
 
 
-def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path):
+def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path, monkeypatch):
     def losses(**changes):
         return comparison.work(setting | changes, 0, str(tmp_path))["held out"]["losses"]
 
@@ -336,6 +335,9 @@ def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path):
     others = ["DoRA", "HypLoRA", "HypLoRA, raw K = 0.5", "HypLoRA, radius 4"]
     others += ["HypLoRA, down alone, radius 1", *comparison.AUTHORS]
     assert len({str(losses(method=method)) for method in others}) == len(others)
+    assert losses(method="HypLoRA, bound 4") == losses(method="HypLoRA")  # No token is farther out.
+    monkeypatch.setattr(comparison, "CURVATURES", dict.fromkeys(comparison.CURVATURES, 0.01))
+    assert losses(method="HypLoRA, bound 4") != losses(method="HypLoRA")
 
 
 def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
