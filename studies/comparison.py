@@ -166,10 +166,10 @@ def adapt(model, setting, inputs):
             unit = torch.full_like(layer.lora_unit, math.sqrt(layer.in_features))
             layer.lora_scale = nn.Parameter(unit)
             layer.update = functools.partial(authors_update, scale=layer.lora_scale)
-    if DEVICE == "cuda" and method not in AUTHORS and "bound" not in method:
+    if DEVICE == "cuda":
         from scaling.kernels import use_kernels
 
-        use_kernels(model)
+        use_kernels(model)  # It leaves other layers as they are.
 
 
 # --- A run --------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ class Plan:
 
     async def run(self):
         """The tier for all models and tasks."""
-        cells = [(model, task) for model in self.args.models for task in TASKS]
+        cells = [(model, task) for model in self.args.models for task in self.args.tasks]
         await asyncio.gather(*(self.run_tier(*cell) for cell in cells))
 
 
@@ -549,6 +549,7 @@ def main():
     parser.add_argument("--tier", type=int, choices=TIERS, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the reported runs")
     parser.add_argument("--models", nargs="+", default=[], help="folders that transformers loads")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data", help="the folder of the paper's JSON files")
     parser.add_argument("--out", help="the file of JSON lines")
     parser.add_argument("--workers", type=int, default=6, help="processes")

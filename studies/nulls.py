@@ -1,9 +1,8 @@
 """What delta is without a model: vectors and spaces to put beside an embedding's measurement.
 
-A low delta says that a prompt's embeddings are like a tree only if it is lower than that of vectors
-which cannot be. TOKENS take other tokens of the same embedding, and so the prompt's meaning out.
-VECTORS keep less and less of the embedding; the last ones do descend from each other. The delta of
-a sphere, a random graph and a random tree is known. All draw from the generator they are given.
+A low delta says that a prompt's embeddings are like a tree only if vectors that cannot be have a
+higher one. TOKENS take other tokens of the same embedding, and so the prompt's meaning out. VECTORS
+keep less and less of it; the last ones do descend from each other. Of SPACES delta is known.
 """
 
 import functools
