@@ -103,7 +103,7 @@ def radii(x, lora, K):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # sqrt, but inf gives NaN: it must not pass as far out.
+    roots = squares / squares.sqrt()  # This is sqrt, but inf becomes NaN, and no far token.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
@@ -139,8 +139,8 @@ class HypLoRALinear(nn.Module):
 
     Parameters, in torch's default dtype: lora_A (rank, in_features), drawn as in LoRA; lora_B
     (out_features, rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, the log
-    of K's change. The buffer lora_unit (1,) is u: sqrt(in_features) until calibrated. Output: the
-    base's dtype. Raises TypeError if base is not linear, ValueError if an option is out of range.
+    of K's change. The buffer lora_unit (1,) is u, sqrt(in_features) until calibrated. Outputs have
+    the base's dtype. Raises TypeError for a base that is not linear, ValueError for a bad option.
     """
 
     def __init__(self, base, rank=8, alpha=16, dropout=0, curvature=0.5):
@@ -312,7 +312,7 @@ def hyplora_layers(model):
 
 
 def hyplora_parameters(model):
-    """What trains, as optimizer groups; lora_K without weight decay. (Clip model.parameters().)"""
+    """What trains, as optimizer groups; lora_K has no weight decay. (Clip model.parameters().)"""
     if not hyplora_layers(model):
         raise ValueError("the model has no adapters: call inject_hyplora first")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
