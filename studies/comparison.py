@@ -1,15 +1,12 @@
 """LoRA, DoRA, HypLoRA and the authors' two layers, trained on real language models and compared.
 
-README.md in this folder has the design. Each finished run is appended to a file of JSON lines, so
-that the same command goes on where it was stopped.
+README.md in this folder has the design. The same command goes on where it was stopped.
 
     python -m studies.comparison --models SmolLM2 Gemma --data FOLDER --out comparison.jsonl
-    python -m studies.comparison --table comparison.jsonl --results RESULTS.md --assets assets
 """
 
 import argparse
 import asyncio
-import datetime
 import functools
 import gc
 import json
@@ -20,6 +17,7 @@ import re
 import statistics
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +233,7 @@ def score(model, records):
         rows |= {(i, j): (record.question, choice) for j, choice in enumerate(record.choices)}
     order = sorted(rows, key=lambda name: sum(map(len, rows[name])))
     sums = {}
-    for start in range(0, len(rows), 2 * BATCH):
+    for start in reversed(range(0, len(rows), 2 * BATCH)):  # The longest first need most memory.
         chosen = order[start : start + 2 * BATCH]
         ids, labels = collate([rows[name] for name in chosen])
         losses = losses_of(model, ids, labels, places_of(labels), "none").cpu()
@@ -261,6 +259,7 @@ def graph_of(step, optimizer):
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
+    torch.cuda.empty_cache()  # The graph can't use what the first steps took in their stream.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -310,14 +309,15 @@ def work(setting, seed, folder):
     has the number of tokens of each answer, too."""
     torch.set_num_threads(1)
     records = read_task(setting["task"], setting["model"], folder)
-    row = name_of(setting) | {"seed": seed, "date": str(datetime.date.today())}
-    row["machine"] = machine(DEVICE)
+    row = name_of(setting) | dict(seed=seed, date=str(date.today()), machine=machine(DEVICE))
+    gc.collect()  # The run before is in cycles.
     model = load(setting["model"])
     if setting["steps"]:
         model, inputs = train(model, setting, seed, records)
         if setting["sets"] == ["validation"] and hyplora.hyplora_layers(model):
             layers = hyplora.measure_tokens(model, (), inputs).items()
             row["phi"] = {name: round(x[:, 2].median().item(), 4) for name, x in layers}
+    torch.cuda.empty_cache()  # The other processes need the memory.
     for name in setting["sets"]:
         losses, hits = score(model, records[name])
         tokens = [len(r.choices[r.right]) for r in records[name]]
@@ -326,9 +326,6 @@ def work(setting, seed, folder):
             row[name]["hits"] = hits
         if not setting["steps"]:
             row[name]["tokens"] = tokens
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()  # The other processes need the memory.
     return row
 
 
@@ -489,8 +486,9 @@ def print_tables(rows, path):
             cell.setdefault(row["method"], {})[row["seed"]] = row
     for (model, task, steps), cell in cells.items():
         base = rows[(model, task, *UNTRAINED.values(), 0)]
-        body = f"{base['date']}, {base['machine']}. The level of an interval is 1 - 0.05 / m, with "
-        body += f"the number of comparisons that a tier has when it is done: {COMPARISONS}."
+        dates = sorted(row["date"] for seeds in cell.values() for row in seeds.values())
+        body = f"{dates[0]} to {dates[-1]}, {base['machine']}. The level of an interval is "
+        body += f"1 - 0.05 / m, with the comparisons of a whole tier as m: {COMPARISONS}."
         for name in ("held out", *TASKS[task][1]):
             tokens = base[name]["tokens"]
             runs = {}
@@ -507,23 +505,24 @@ def print_tables(rows, path):
         report(f"Comparison: {model}, {task}, {steps} steps", body, path)
 
 
-def draw(path, points, xlabel, ylabel):
+def draw(path, points, xlabel, ylabel, near_lowest=False):
     """A picture of points (title of a panel, label of a curve, x, y), with the means of y."""
     from matplotlib import pyplot as plt
 
     panels = {}
     for title, label, x, y in points:
-        curve = panels.setdefault(title, {}).setdefault(label, {})
-        curve.setdefault(x, []).append(y)
-    lines = math.ceil(len(panels) / 2)
-    figure = plt.figure(figsize=(12, 4 * lines))
-    for number, (title, curves) in enumerate(sorted(panels.items()), 1):
-        axis = figure.add_subplot(lines, 2, number, title=title, xlabel=xlabel, ylabel=ylabel)
+        panels.setdefault(title, {}).setdefault(label, {}).setdefault(x, []).append(y)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.set_prop_cycle(color=plt.cm.tab20.colors)
         for label, curve in sorted(curves.items()):
-            xs = sorted(curve)
-            axis.plot(xs, [statistics.mean(curve[x]) for x in xs], marker=".", label=label)
+            means = {x: statistics.mean(curve[x]) for x in sorted(curve)}
+            axis.plot(list(means), list(means.values()), marker=".", label=label)
+        if near_lowest:
+            lowest = np.nanmin(np.concatenate([line.get_ydata() for line in axis.lines]))
+            axis.set_ylim(0.999 * lowest, 1.03 * lowest)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
@@ -535,12 +534,13 @@ def draw_pictures(rows, folder):
         title = f"{row['model']}, {row['task']}"
         if "validation" in row:
             label = f"{row['method']}, alpha {row['alpha']}"
-            losses.append((title, label, 1e3 * row["rate"], row["validation"]))
+            losses.append((title, label, math.log2(1000 * row["rate"]), row["validation"]))
         if row["method"] == "HypLoRA":
             for layer, phi in row.get("phi", {}).items():
                 block = int(re.search(r"\.(\d+)\.", layer)[1])
                 phis.append((title, layer.rpartition(".")[2], block, phi))
-    draw(Path(folder, "comparison_rates.png"), losses, "rate x 1000", "mean validation loss")
+    path = Path(folder, "comparison_rates.png")
+    draw(path, losses, "log2 of 1000 x rate", "mean validation loss", near_lowest=True)
     draw(Path(folder, "comparison_phi.png"), phis, "block", "phi: median of tokens, mean of runs")
 
 
