@@ -92,6 +92,8 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
+MAX_RADIUS = 12.0  # the authors' bound: a token farther out is treated as if it lay there
+
 
 def hyplora_reference(x, A, B, K):
     """The update as the paper writes it. Arguments: as in hyplora_update."""
@@ -107,13 +109,12 @@ def radii(x, lora, K):
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
-def hyplora_update(x, A, B, K, max_radius=12.0):
+def hyplora_update(x, A, B, K, max_radius=MAX_RADIUS):
     """The same update by the law of sinh: sinh r' = g sinh r.
 
     No step of hyplora_reference reads time, so follow space alone. In units of sqrt K, expmap0
     makes it sinh r long, llr multiplies that by g, and logmap0 takes the asinh. What remains is BAx
-    with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, a token beyond
-    max_radius is treated as if it lay there (the authors do so, too).
+    with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, r is bounded.
 
     x: (..., d_in), any float dtype. A: (rank, d_in). B: (d_out, rank). K: a positive number or a
     tensor of one element, or infinite. Returns (..., d_out) in the dtype of x (float16: float32).
@@ -363,7 +364,7 @@ def measure_tokens(model, args, kwargs):
         with torch.autocast(x.device.type, enabled=False):
             lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
             r, lora_r = radii(x, lora, layer.K)  # At B = 0, this gives phi's limit.
-            phi = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=12.0))) / lora_r
+            phi = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=MAX_RADIUS))) / lora_r
         ratios = [length(x), length(lora) / length(x), phi]
         if len(x):
             seen.setdefault(names[layer], []).append(torch.cat(ratios, dim=-1))
@@ -385,12 +386,11 @@ def measure_tokens(model, args, kwargs):
 
 def calibrate_curvature(model, *args, **kwargs):
     """Set each layer's lora_unit to the length of a typical token, before training: the median of
-    |x|. (A mean would be ruled by attention sinks, hundreds of times as long as other tokens.)
-    model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
-    does padding, where a keyword attention_mask of the tokens' shape is 0. In torch.distributed,
-    all processes call this and get the units of the first. Returns {name: K} of layers that saw a
-    token, and warns of others. Raises ValueError, with no unit changed, if none did, or if a length
-    is not finite."""
+    |x|. (Attention sinks would rule a mean.) model(*args, **kwargs) runs once, as the base and in
+    eval mode. Zero vectors do not count, nor does padding, where a keyword attention_mask of the
+    tokens' shape is 0. In torch.distributed, all processes call this and get the units of the
+    first. Returns {name: K} of layers that saw a token, and warns of others. Raises ValueError,
+    with no unit changed, if none did, or if a length is not finite."""
     with disable_hyplora(model):
         rows = measure_tokens(model, args, kwargs)
     infinite = [name for name, tokens in rows.items() if not tokens[:, 0].isfinite().all()]
@@ -411,7 +411,7 @@ def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
     Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it is in the hundreds,
-    before training or after, a few tokens far out rule the gradient, and training may fail.
+    a few tokens far out rule the gradient, and training may fail; a MAX_RADIUS of 4 helped there.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():

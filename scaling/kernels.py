@@ -18,14 +18,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from hyplora import HypLoRALinear, hyplora_layers, hyplora_update
+from hyplora import MAX_RADIUS, HypLoRALinear, hyplora_layers, hyplora_update
 
 # --- One token ----------------------------------------------------------------------------------
 #
 # Let r = |x| / sqrt K, l = |BAx| / sqrt K, m = sinh(r) / r and z = m l. By the law of sinh the
 # update is phi BAx, with phi = asinh(z) / l = m asinh(z) / z. Power series stand in near 0, where
-# these formulas are 0 / 0 or lose digits. A token beyond radius 12 is treated as if it lay there,
-# and a square that overflowed makes NaN, as phi would be finite and wrong.
+# these formulas are 0 / 0 or lose digits. A square that overflowed makes NaN, and no wrong phi.
+FARTHEST = tl.constexpr(MAX_RADIUS)  # A token farther out is treated as if it lay there.
 
 
 @triton.jit
@@ -36,14 +36,14 @@ def factor_of_token(x_square, lora_square, K):
     is_near = r < 0.5
     w = tl.where(is_near, r * r, 0.0)
     far_r = tl.where(is_near, 1.0, r)
-    bounded = tl.where(r > 12.0, 12.0, far_r)
+    bounded = tl.where(r > FARTHEST, FARTHEST, far_r)
     exp = tl.exp(bounded)
     sinh = 0.5 * (exp - 1.0 / exp)
     near_m = 1.0 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040)))
     m = tl.where(is_near, near_m, sinh / far_r)
     # The slope is d log m / d log r = r coth r - 1, and -1 where r is clipped.
     slope_by_w = 1 / 3 - w * (1 / 45 - w * (2 / 945 - w * (1 / 4725 - w * (2 / 93555))))
-    far_slope = tl.where(r > 12.0, -1.0, bounded * 0.5 * (exp + 1.0 / exp) / sinh - 1.0)
+    far_slope = tl.where(r > FARTHEST, -1.0, bounded * 0.5 * (exp + 1.0 / exp) / sinh - 1.0)
     slope = tl.where(is_near, w * slope_by_w, far_slope)
     slope_by_square = tl.where(is_near, slope_by_w / K, slope / tl.where(is_near, 1.0, x_square))
     z = m * tl.where(lora_square < float("inf"), tl.sqrt(lora_square) / root_K, float("nan"))
