@@ -92,7 +92,7 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
-MAX_RADIUS = 12.0  # the authors' bound: a token farther out is treated as if it lay there
+MAX_RADIUS = 12.0  # the authors' bound of |x| / sqrt K: a token beyond it counts as if it lay there
 
 
 def hyplora_reference(x, A, B, K):
@@ -105,7 +105,7 @@ def radii(x, lora, K):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # This is sqrt, but inf becomes NaN, and no far token.
+    roots = squares / squares.sqrt()  # This is sqrt, but what overflowed becomes NaN, not far.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
@@ -132,7 +132,7 @@ def hyplora_update(x, A, B, K, max_radius=MAX_RADIUS):
 class HypLoRALinear(nn.Module):
     """A linear layer with a HypLoRA adapter: base(x) + scaling * hyplora_update(x, A, B, K).
 
-    base: nn.Linear, the Conv1D of transformers, or a module with in_features and out_features.
+    base: nn.Linear, Conv1D of transformers, or any with in_features and out_features; not frozen.
     rank, alpha: the rank of BA; the update is multiplied by scaling = alpha / rank, after logmap0.
     dropout: the share of the adapter's input that is dropped while training.
     curvature: K starts at curvature * u^2, where u is the length of a typical token at this layer,
@@ -196,7 +196,7 @@ class HypLoRALinear(nn.Module):
         if self.options["curvature"] == math.inf:
             update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         else:
-            update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
+            update = hyplora_update(x, self.lora_A, self.lora_B, self.K, MAX_RADIUS)
         return torch.add(out, update.to(out.dtype), alpha=self.scaling)  # out + scaling * update
 
     def train(self, mode=True):
@@ -290,8 +290,7 @@ def wrap_layers(model, options, tensors=None):
         if tensors is not None:
             set_hyplora_state_dict(model, tensors)
     except BaseException:
-        replace_modules(model, layers)  # remove_hyplora finds what stands in the model.
-        remove_hyplora(model)
+        replace_modules(model, {layer: remove_hyplora(layer) for layer in layers.values()})
         for p, flag in flags:
             p.requires_grad_(flag)
         raise
@@ -410,8 +409,8 @@ def calibrate_curvature(model, *args, **kwargs):
 def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it is in the hundreds,
-    a few tokens far out rule the gradient, and training may fail; a MAX_RADIUS of 4 helped there.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it exceeds phi, a few
+    tokens far out rule the gradient, and training may fail: hyplora.MAX_RADIUS = 4.0 helped there.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
@@ -439,8 +438,7 @@ def hyplora_state_dict(model):
 
 def set_hyplora_state_dict(model, tensors):
     """Copy what hyplora_state_dict returned into the model, and let what is no adapter train, too.
-    Raises ValueError, with the model unchanged, if names, shapes or numbers do not fit.
-    """
+    Raises ValueError, with the model unchanged, if names, shapes or numbers do not fit."""
     own = hyplora_state_dict(model)  # This is detached, so that flags of adapters stay.
     targets = {**dict(model.named_parameters()), **own}
     for name in {**own, **tensors}:
@@ -473,7 +471,7 @@ def save_hyplora(model, path, tensors=None):
         warnings.warn(f"changed or new, but frozen and so not saved: {lost}", stacklevel=2)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
         whole = os.path.join(folder, "adapter.pt")
-        torch.save({"hyplora": 3, "layers": options, "tensors": tensors}, whole)
+        torch.save({"hyplora": (3, MAX_RADIUS), "layers": options, "tensors": tensors}, whole)
         os.replace(whole, path)
 
 
@@ -481,18 +479,20 @@ def load_hyplora(model, path):
     """Read what save_hyplora wrote, and return the names of the adapted layers.
 
     A bare model is injected as the file says; an adapted one must have the file's layers. Raises
-    OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then.
-    """
+    OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then."""
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-            if content["hyplora"] != 3:
-                raise ValueError("another version of hyplora.py wrote it: train the adapter again")
-            options = {name: layer.options for name, layer in hyplora_layers(model).items()}
-            if not options:
-                wrap_layers(model, content["layers"], content["tensors"])
-            elif options != content["layers"]:
-                raise ValueError(f"the layers here are {options}, there {content['layers']}")
+            got, there = content["hyplora"], content["layers"]
+            if got != (3, MAX_RADIUS):
+                raise ValueError(f"another version of hyplora.py wrote it, or MAX_RADIUS: {got}")
+            here = {name: layer.options for name, layer in hyplora_layers(model).items()}
+            if not here:
+                wrap_layers(model, there, content["tensors"])
+            elif here != there:
+                name = next(n for n in [*here, *there] if here.get(n) != there.get(n))
+                pair = f"{name} has {here.get(name)}, and {there.get(name)} there"
+                raise ValueError(f"the layers here are others: {pair}")
             else:
                 set_hyplora_state_dict(model, content["tensors"])
         except Exception as error:

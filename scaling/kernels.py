@@ -17,33 +17,34 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-from hyplora import MAX_RADIUS, HypLoRALinear, hyplora_layers, hyplora_update
+import hyplora
 
 # --- One token ----------------------------------------------------------------------------------
 #
 # Let r = |x| / sqrt K, l = |BAx| / sqrt K, m = sinh(r) / r and z = m l. By the law of sinh the
 # update is phi BAx, with phi = asinh(z) / l = m asinh(z) / z. Power series stand in near 0, where
-# these formulas are 0 / 0 or lose digits. A square that overflowed makes NaN, and no wrong phi.
-FARTHEST = tl.constexpr(MAX_RADIUS)  # A token farther out is treated as if it lay there.
+# these formulas are 0 / 0 or lose digits. A token beyond the bound is treated as if it lay there,
+# and a square that overflowed makes NaN, as phi would be finite and wrong.
 
 
 @triton.jit
-def factor_of_token(x_square, lora_square, K):
+def factor_of_token(x_square, lora_square, K, bound):
     """phi and its derivatives: twice those by |BAx|^2 and |x|^2, and that by log K."""
     root_K = tl.sqrt(K)
     r = tl.where(x_square < float("inf"), tl.sqrt(x_square) / root_K, float("nan"))
     is_near = r < 0.5
     w = tl.where(is_near, r * r, 0.0)
     far_r = tl.where(is_near, 1.0, r)
-    bounded = tl.where(r > FARTHEST, FARTHEST, far_r)
+    bounded = tl.where(r > bound, bound, far_r)
     exp = tl.exp(bounded)
     sinh = 0.5 * (exp - 1.0 / exp)
     near_m = 1.0 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040)))
     m = tl.where(is_near, near_m, sinh / far_r)
     # The slope is d log m / d log r = r coth r - 1, and -1 where r is clipped.
     slope_by_w = 1 / 3 - w * (1 / 45 - w * (2 / 945 - w * (1 / 4725 - w * (2 / 93555))))
-    far_slope = tl.where(r > FARTHEST, -1.0, bounded * 0.5 * (exp + 1.0 / exp) / sinh - 1.0)
+    far_slope = tl.where(r > bound, -1.0, bounded * 0.5 * (exp + 1.0 / exp) / sinh - 1.0)
     slope = tl.where(is_near, w * slope_by_w, far_slope)
     slope_by_square = tl.where(is_near, slope_by_w / K, slope / tl.where(is_near, 1.0, x_square))
     z = m * tl.where(lora_square < float("inf"), tl.sqrt(lora_square) / root_K, float("nan"))
@@ -65,9 +66,9 @@ def factor_of_token(x_square, lora_square, K):
 
 
 @triton.jit
-def dot_of_rows(a, b, width: tl.constexpr):
+def dot_of_rows(a, b, width: constexpr):
     """The inner product of two rows, in float32. a, b: pointers to them."""
-    BLOCK: tl.constexpr = 2048 if width <= 2048 else 4096
+    BLOCK: constexpr = 2048 if width <= 2048 else 4096
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -79,7 +80,7 @@ def dot_of_rows(a, b, width: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, lora, base, out, kept, k, unit, curvature, scaling, d_in: tl.constexpr, d_out: tl.constexpr
+    x, lora, base, out, kept, k, unit, curvature, bound, scaling, d_in: constexpr, d_out: constexpr
 ):
     """out = base + scaling * phi * lora, where lora is BAx. kept gets four numbers a token."""
     token = tl.program_id(0).to(tl.int64)
@@ -90,13 +91,13 @@ def forward_kernel(
     K = curvature * u * u * tl.exp(tl.load(k).to(tl.float32))  # k is lora_K.
     x_square = dot_of_rows(x + token * d_in, x + token * d_in, d_in)
     lora_square = dot_of_rows(lora, lora, d_out)
-    phi, by_lora, by_x, by_K = factor_of_token(x_square, lora_square, K)
+    phi, by_lora, by_x, by_K = factor_of_token(x_square, lora_square, K, bound)
     if kept is not None:
         tl.store(kept + token * 4, scaling * phi)
         tl.store(kept + token * 4 + 1, scaling * by_lora)
         tl.store(kept + token * 4 + 2, scaling * by_x)
         tl.store(kept + token * 4 + 3, scaling * by_K)
-    BLOCK: tl.constexpr = 2048 if d_out <= 2048 else 4096
+    BLOCK: constexpr = 2048 if d_out <= 2048 else 4096
     for start in range(0, d_out, BLOCK):
         i = start + tl.arange(0, BLOCK)
         base_part = tl.load(base + i, mask=i < d_out).to(tl.float32)
@@ -106,7 +107,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(x, lora, grad, x_grad, K_grad, kept, d_in: tl.constexpr, d_out: tl.constexpr):
+def backward_kernel(x, lora, grad, x_grad, K_grad, kept, d_in: constexpr, d_out: constexpr):
     """Overwrite lora, which is BAx, with its gradient; x_grad is x's part through |x| alone."""
     token = tl.program_id(0).to(tl.int64)
     lora += token * d_out
@@ -116,7 +117,7 @@ def backward_kernel(x, lora, grad, x_grad, K_grad, kept, d_in: tl.constexpr, d_o
     along_lora = factor_grad * tl.load(kept + token * 4 + 1)
     along_x = factor_grad * tl.load(kept + token * 4 + 2)
     tl.store(K_grad + token, factor_grad * tl.load(kept + token * 4 + 3))
-    BLOCK: tl.constexpr = 2048 if d_out <= 2048 else 4096
+    BLOCK: constexpr = 2048 if d_out <= 2048 else 4096
     for start in range(0, d_out, BLOCK):
         i = start + tl.arange(0, BLOCK)
         grad_part = tl.load(grad + i, mask=i < d_out).to(tl.float32)
@@ -165,7 +166,7 @@ def add_update(layer, base, x, keep):
     lora = F.linear(h, B)
     out = lora if dtype == base.dtype else torch.empty_like(lora, dtype=base.dtype)
     kept = torch.empty(tokens, 4, device=x.device, dtype=torch.float32) if keep else None
-    K = (layer.lora_K, layer.lora_unit, layer.options["curvature"])
+    K = (layer.lora_K, layer.lora_unit, layer.options["curvature"], hyplora.MAX_RADIUS)
     tensors = (x, lora, base.contiguous(), out, kept)
     launch(forward_kernel, tokens, *tensors, *K, layer.scaling, x.shape[-1], len(B))
     return out, (x, h, A, B, kept)
@@ -206,7 +207,7 @@ class AddUpdate(torch.autograd.Function):
         return None, A_grad, B_grad, K_grad.sum(dim=0), grad, x_grad
 
 
-class KernelHypLoRALinear(HypLoRALinear):
+class KernelHypLoRALinear(hyplora.HypLoRALinear):
     """HypLoRALinear, with the update in kernels wherever they run."""
 
     def forward(self, input, *args, **kwargs):
@@ -218,7 +219,7 @@ class KernelHypLoRALinear(HypLoRALinear):
             x = F.dropout(x, self.options["dropout"])
         if self.runs_in_kernels(out, x):
             return without_autocast(self.add_update, out, x)
-        update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
+        update = hyplora.hyplora_update(x, self.lora_A, self.lora_B, self.K, hyplora.MAX_RADIUS)
         return torch.add(out, update, alpha=self.scaling)
 
     def runs_in_kernels(self, out, x):
@@ -237,14 +238,13 @@ class KernelHypLoRALinear(HypLoRALinear):
 def use_kernels(model):
     """Let the model's HypLoRA layers run in kernels, in place, and return the names of those.
 
-    A layer's class changes, nothing else. Layers of curvature=math.inf stay. Shard afterwards. What
-    keeps Triton from compiling raises here.
+    Only classes change. Layers of curvature=math.inf stay. Shard afterwards. Triton's errors raise.
     """
     if torch.cuda.is_available():
         x = torch.ones(1, 16, device="cuda")
         launch(backward_kernel, 1, x, x.clone(), x, None, x[0], x, 16, 16)
-    layers = hyplora_layers(model)
+    layers = hyplora.hyplora_layers(model)
     for layer in layers.values():
-        if type(layer) is HypLoRALinear and layer.options["curvature"] < float("inf"):
+        if type(layer) is hyplora.HypLoRALinear and layer.options["curvature"] < float("inf"):
             layer.__class__ = KernelHypLoRALinear
     return [name for name, layer in layers.items() if isinstance(layer, KernelHypLoRALinear)]

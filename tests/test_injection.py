@@ -41,12 +41,6 @@ def test_owners_that_read_the_weight_are_refused_by_name_or_left_out_with_a_warn
         assert hyplora.inject_hyplora(model, "all-linear") == ["fc"]
 
 
-def test_a_module_of_the_users_own_may_be_called_lora_A():
-    model = nn.ModuleDict({"lora_A": nn.Linear(8, 8), "fc": nn.Linear(8, 8)})
-    assert hyplora.inject_hyplora(model, ["fc"]) == ["fc"]
-    assert hyplora.hyplora_layers(model).keys() == {"fc"}
-
-
 def test_a_layer_with_an_adapter_of_anybodys_is_refused_by_itself():
     class LoRA(nn.Linear):
         lora_A = None

@@ -76,6 +76,16 @@ def test_statistics_by_a_literal_formula_and_of_the_tokens_that_calibration_coun
     assert fresh["phi"] == pytest.approx(math.sinh(12) / 12, rel=1e-4)
 
 
+def test_the_bound_is_that_of_the_layer_and_of_its_statistics(monkeypatch):
+    monkeypatch.setattr(hyplora, "MAX_RADIUS", 4.0)
+    layer = adapted(nn.Sequential(nn.Linear(7, 6)))[0]
+    x = 100 * X.float()
+    update = hyplora.hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, max_radius=4.0)
+    assert torch.equal(layer(x), layer.base(x) + layer.scaling * update)
+    phi = norm(update) / norm(x @ layer.lora_A.T @ layer.lora_B.T)
+    assert hyplora.hyplora_statistics(layer, x)[""]["phi"] == pytest.approx(phi.mean().item())
+
+
 def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():
     class Experts(nn.Module):
         def __init__(self):

@@ -110,10 +110,12 @@ def test_numbers_that_the_models_dtype_does_not_hold_are_refused(path):
 
 def test_files_that_are_damaged_or_not_ours(path):
     whole = path.read_bytes()
+    edit(path, lambda content: content.update(hyplora=(3, 4.0)))
+    refused(path, r"or MAX_RADIUS: \(3, 4.0\)")
     for content in (b"", b"hello", whole[:-200], whole[:1000]):
         path.write_bytes(content)
         refused(path, "adapter.pt is damaged or does not fit")
-    for content in ({"weight": torch.ones(2)}, [1], 7, {"hyplora": 3, "layers": 7, "tensors": {}}):
+    for content in ({"weight": torch.ones(2)}, [1], {"hyplora": (3, 12.0), "layers": 7}):
         torch.save(content, path)
         refused(path, "adapter.pt is damaged or does not fit")
     torch.save({"hyplora": 2, "layers": {}, "also": [], "tensors": {}}, path)
@@ -186,12 +188,13 @@ def test_an_adapter_of_another_rank_alpha_curvature_or_place(path):
         assert_unchanged(model, before)
 
 
-def test_an_adapter_of_a_layer_that_is_not_here_or_not_linear(path):
-    source = nn.Sequential(nn.Linear(8, 8))
-    save_hyplora(adapted(source), path)
-    for other in (nn.Sequential(nn.Conv2d(8, 8, 1)), nn.ModuleDict({"a": nn.Linear(8, 8)})):
+def test_an_adapter_of_a_layer_that_is_not_here_or_not_linear_or_lone(path):
+    source = adapted(nn.Sequential(nn.Linear(8, 8)))
+    pairs = [(source, nn.Sequential(nn.Conv2d(8, 8, 1))), (source[0], nn.Linear(8, 8))]
+    for saved, other in [*pairs, (source, nn.ModuleDict({"a": nn.Linear(8, 8)}))]:
+        save_hyplora(saved, path)
         before = snapshot(other)
-        with pytest.raises(ValueError, match="bare linear layer|has no attribute `0`"):
+        with pytest.raises(ValueError, match="bare linear|no attribute `0`|only in the tensors"):
             load_hyplora(other, path)
         assert_unchanged(other, before)
 

@@ -81,14 +81,6 @@ def test_the_script_at_its_smallest(tmp_path, capsys):
     assert score == f"{rows[-1]['% a-b']:.1f}" and len(list(tmp_path.glob("*.pt"))) == 6
 
 
-def test_a_terminal_overwrites_the_progress(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    train_minimal.main([*SHORT, "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert printed.count("\r") == 7 + 5 + 5
-    assert re.findall(r"step +(\d+) of \d, loss \d\.\d{4}\n", printed) == ["8", "6", "6"]
-
-
 def test_a_real_model_is_handed_over(monkeypatch):
     from scaling import finetune
 
