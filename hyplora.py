@@ -105,16 +105,16 @@ def radii(x, lora, K):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # This is sqrt, but what overflowed becomes NaN, not far.
+    roots = squares / squares.sqrt()  # This is sqrt, but what overflowed is NaN, and no far token.
     return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
-def hyplora_update(x, A, B, K, max_radius=MAX_RADIUS):
+def hyplora_update(x, A, B, K, max_radius=None):
     """The same update by the law of sinh: sinh r' = g sinh r.
 
     No step of hyplora_reference reads time, so follow space alone. In units of sqrt K, expmap0
     makes it sinh r long, llr multiplies that by g, and logmap0 takes the asinh. What remains is BAx
-    with another length. At K = infinity it is BAx itself: LoRA. As sinh overflows, r is bounded.
+    with another length. At K = infinity it is BAx itself: LoRA. max_radius is MAX_RADIUS if None.
 
     x: (..., d_in), any float dtype. A: (rank, d_in). B: (d_out, rank). K: a positive number or a
     tensor of one element, or infinite. Returns (..., d_out) in the dtype of x (float16: float32).
@@ -122,7 +122,8 @@ def hyplora_update(x, A, B, K, max_radius=MAX_RADIUS):
     x = x.float() if x.dtype == torch.float16 else x  # Squares of float16 overflow soon.
     lora = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(x.dtype)
     r, lora_r = radii(x, lora, K)
-    new_r = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=max_radius)))  # sinh r' = g sinh r
+    bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)  # as sinh overflows
+    new_r = torch.asinh(lora_r / r * torch.sinh(bounded))  # sinh r' = g sinh r
     return (new_r / lora_r).to(x.dtype) * lora
 
 
@@ -132,7 +133,8 @@ def hyplora_update(x, A, B, K, max_radius=MAX_RADIUS):
 class HypLoRALinear(nn.Module):
     """A linear layer with a HypLoRA adapter: base(x) + scaling * hyplora_update(x, A, B, K).
 
-    base: nn.Linear, Conv1D of transformers, or any with in_features and out_features; not frozen.
+    base: nn.Linear, Conv1D of transformers, or what has in_features and out_features. It stays as
+        it is; inject_hyplora freezes it.
     rank, alpha: the rank of BA; the update is multiplied by scaling = alpha / rank, after logmap0.
     dropout: the share of the adapter's input that is dropped while training.
     curvature: K starts at curvature * u^2, where u is the length of a typical token at this layer,
@@ -196,7 +198,7 @@ class HypLoRALinear(nn.Module):
         if self.options["curvature"] == math.inf:
             update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         else:
-            update = hyplora_update(x, self.lora_A, self.lora_B, self.K, MAX_RADIUS)
+            update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
         return torch.add(out, update.to(out.dtype), alpha=self.scaling)  # out + scaling * update
 
     def train(self, mode=True):
@@ -246,9 +248,8 @@ def find_linear_layers(model, targets):
     linears = [name for name, module in modules.items() if features_of(module)]
     if targets == "all-linear":
         heads = {"lm_head", "embed_out", "head", "score", "classifier", "qa_outputs"}
-        names = [name for name in linears if heads.isdisjoint(name.split("."))]
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name in names if modules[name] is not head]
+        names = [n for n in linears if heads.isdisjoint(n.split(".")) and modules[n] is not head]
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]
@@ -290,7 +291,9 @@ def wrap_layers(model, options, tensors=None):
         if tensors is not None:
             set_hyplora_state_dict(model, tensors)
     except BaseException:
-        replace_modules(model, {layer: remove_hyplora(layer) for layer in layers.values()})
+        replace_modules(model, {layer: base for base, layer in layers.items()})
+        for layer in layers.values():
+            remove_hyplora(layer)
         for p, flag in flags:
             p.requires_grad_(flag)
         raise
@@ -324,8 +327,7 @@ def hyplora_parameters(model):
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context, for all threads, the model is its frozen base, bit for bit. Contexts may
-    overlap; a copy made within stays off. Where checkpointing repeats a forward pass, backward()
-    belongs into the context, too."""
+    overlap; a copy made within stays off. Where checkpointing runs, include backward()."""
     layers = hyplora_layers(model).values()
     for layer in layers:
         layer.disabled += 1
@@ -409,8 +411,8 @@ def calibrate_curvature(model, *args, **kwargs):
 def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
-    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it exceeds phi, a few
-    tokens far out rule the gradient, and training may fail: hyplora.MAX_RADIUS = 4.0 helped there.
+    Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it exceeds phi before
+    training, a few tokens far out rule the gradient: MAX_RADIUS = 4.0 may keep it from failing.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
@@ -432,8 +434,7 @@ def hyplora_state_dict(model):
             raise ValueError(f"the adapter of {name} is sharded or on the meta device: gather it")
         for key in ("lora_A", "lora_B", "lora_K", "lora_unit"):
             tensors[f"{name}.{key}".removeprefix(".")] = getattr(layer, key).detach()
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {**tensors, **trained}
+    return tensors | {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def set_hyplora_state_dict(model, tensors):
@@ -485,14 +486,13 @@ def load_hyplora(model, path):
             content = torch.load(file, map_location="cpu", weights_only=True)
             got, there = content["hyplora"], content["layers"]
             if got != (3, MAX_RADIUS):
-                raise ValueError(f"another version of hyplora.py wrote it, or MAX_RADIUS: {got}")
+                raise ValueError(f"its version and MAX_RADIUS are {got}, here {(3, MAX_RADIUS)}")
             here = {name: layer.options for name, layer in hyplora_layers(model).items()}
             if not here:
                 wrap_layers(model, there, content["tensors"])
             elif here != there:
                 name = next(n for n in [*here, *there] if here.get(n) != there.get(n))
-                pair = f"{name} has {here.get(name)}, and {there.get(name)} there"
-                raise ValueError(f"the layers here are others: {pair}")
+                raise ValueError(f"{name} has {here.get(name)} here, {there.get(name)} in the file")
             else:
                 set_hyplora_state_dict(model, content["tensors"])
         except Exception as error:

@@ -34,7 +34,7 @@ def factor_of_token(x_square, lora_square, K, bound):
     """phi and its derivatives: twice those by |BAx|^2 and |x|^2, and that by log K."""
     root_K = tl.sqrt(K)
     r = tl.where(x_square < float("inf"), tl.sqrt(x_square) / root_K, float("nan"))
-    is_near = r < 0.5
+    is_near = (r < 0.5) & (r <= bound)
     w = tl.where(is_near, r * r, 0.0)
     far_r = tl.where(is_near, 1.0, r)
     bounded = tl.where(r > bound, bound, far_r)
@@ -219,7 +219,7 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
             x = F.dropout(x, self.options["dropout"])
         if self.runs_in_kernels(out, x):
             return without_autocast(self.add_update, out, x)
-        update = hyplora.hyplora_update(x, self.lora_A, self.lora_B, self.K, hyplora.MAX_RADIUS)
+        update = hyplora.hyplora_update(x, self.lora_A, self.lora_B, self.K)
         return torch.add(out, update, alpha=self.scaling)
 
     def runs_in_kernels(self, out, x):
@@ -238,7 +238,7 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
 def use_kernels(model):
     """Let the model's HypLoRA layers run in kernels, in place, and return the names of those.
 
-    Only classes change. Layers of curvature=math.inf stay. Shard afterwards. Triton's errors raise.
+    Only classes change. Layers of curvature=math.inf stay. Shard afterwards. Raises if Triton does.
     """
     if torch.cuda.is_available():
         x = torch.ones(1, 16, device="cuda")

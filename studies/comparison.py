@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from matplotlib import pyplot as plt
 from torch.nn.utils.rnn import pad_sequence
 
 import hyplora
@@ -507,12 +508,11 @@ def print_tables(rows, path):
 
 def draw(path, points, xlabel, ylabel, near_lowest=False):
     """A picture of points (title of a panel, label of a curve, x, y), with the means of y."""
-    from matplotlib import pyplot as plt
-
     panels = {}
     for title, label, x, y in points:
         panels.setdefault(title, {}).setdefault(label, {}).setdefault(x, []).append(y)
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    n = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(n, 2, figsize=(12, 4 * n), squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_prop_cycle(color=plt.cm.tab20.colors)

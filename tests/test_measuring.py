@@ -76,14 +76,19 @@ def test_statistics_by_a_literal_formula_and_of_the_tokens_that_calibration_coun
     assert fresh["phi"] == pytest.approx(math.sinh(12) / 12, rel=1e-4)
 
 
-def test_the_bound_is_that_of_the_layer_and_of_its_statistics(monkeypatch):
+def test_the_bound_is_that_of_the_layer_its_statistics_and_its_file(monkeypatch, tmp_path):
     monkeypatch.setattr(hyplora, "MAX_RADIUS", 4.0)
-    layer = adapted(nn.Sequential(nn.Linear(7, 6)))[0]
-    x = 100 * X.float()
+    model, x = adapted(nn.Sequential(nn.Linear(7, 6))), 100 * X.float()
+    (layer,) = model
     update = hyplora.hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, max_radius=4.0)
     assert torch.equal(layer(x), layer.base(x) + layer.scaling * update)
     phi = norm(update) / norm(x @ layer.lora_A.T @ layer.lora_B.T)
-    assert hyplora.hyplora_statistics(layer, x)[""]["phi"] == pytest.approx(phi.mean().item())
+    assert hyplora.hyplora_statistics(model, x)["0"]["phi"] == pytest.approx(phi.mean().item())
+    hyplora.save_hyplora(model, tmp_path / "adapter.pt")
+    hyplora.load_hyplora(model, tmp_path / "adapter.pt")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"MAX_RADIUS are \(3, 4.0\), here \(3, 12.0\)"):
+        hyplora.load_hyplora(model, tmp_path / "adapter.pt")
 
 
 def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():
@@ -126,9 +131,8 @@ def test_calibrating_again_after_training_keeps_what_K_has_learned():
     first = hyplora.calibrate_curvature(model, X.float())["0"]
     typical = X.norm(dim=-1).median().item()
     assert first == pytest.approx(0.5 * typical**2 * math.e, rel=1e-5)
-    assert hyplora.calibrate_curvature(copy.deepcopy(model), 2 * X.float())["0"] == pytest.approx(
-        4 * first, rel=1e-5
-    )
+    again = hyplora.calibrate_curvature(copy.deepcopy(model), 2 * X.float())["0"]
+    assert again == pytest.approx(4 * first, rel=1e-5)
 
 
 def test_K_goes_on_learning_after_a_move_to_bfloat16():

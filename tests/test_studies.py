@@ -242,9 +242,7 @@ def test_delta_of_a_prompt_takes_its_tokens_in_order_and_the_first_as_base():
     assert found[1] != pytest.approx(found[0], rel=1e-2)
 
 
-def test_the_program_prints_draws_and_replaces_its_own_sections_alone(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
+def test_the_program_replaces_its_own_sections_alone(checkpoint, tmp_path, monkeypatch, capsys):
     results = tmp_path / "RESULTS.md"
     section = "## Embeddings: delta where it is known"
     results.write_text(f"# Results\n\n{section}\n\nold\n\n{section}, too\n\nkept\n\n\n## K\n\nk\n")
@@ -340,9 +338,7 @@ def test_a_control_is_lora_with_the_alpha_of_its_layers(setting, tmp_path, monke
     assert losses(method="HypLoRA, bound 4") != losses(method="HypLoRA")
 
 
-def test_a_tier_is_tuned_reported_printed_and_never_run_twice(
-    setting, tmp_path, monkeypatch, capsys
-):
+def test_a_tier_is_tuned_printed_and_never_run_twice(setting, tmp_path, monkeypatch, capsys):
     best = {"LoRA": 1.3e-3, "DoRA": 0.6e-3, "HypLoRA": 2.4e-3, "control of HypLoRA": 1.7e-3}
     calls = []
 
