@@ -41,6 +41,12 @@ def test_owners_that_read_the_weight_are_refused_by_name_or_left_out_with_a_warn
         assert hyplora.inject_hyplora(model, "all-linear") == ["fc"]
 
 
+def test_a_module_of_the_users_own_may_be_called_lora_A():
+    model = nn.ModuleDict({"lora_A": nn.Linear(8, 8), "fc": nn.Linear(8, 8)})
+    assert hyplora.inject_hyplora(model, ["fc"]) == ["fc"]
+    assert hyplora.hyplora_layers(model).keys() == {"fc"}
+
+
 def test_a_layer_with_an_adapter_of_anybodys_is_refused_by_itself():
     class LoRA(nn.Linear):
         lora_A = None
@@ -57,9 +63,11 @@ def test_an_adapter_that_breaks_off_midway_leaves_the_model_bare():
 
     model = nn.Sequential(nn.Linear(8, 8), Breaks(8, 8))
     model[0].bias.requires_grad_(False)
+    model[0].inner = nn.Linear(8, 8)
     names = model.state_dict().keys()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        hyplora.wrap_layers(model, {"0": {}, "1": {}})
+    for options in ({"0": {}, "1": {}}, {"0": {}, "0.inner": {}}):
+        with pytest.raises((RuntimeError, ValueError), match="out of memory|only in the model"):
+            hyplora.wrap_layers(model, options, tensors={})
     assert model.state_dict().keys() == names and type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad and not model[0].bias.requires_grad
 

@@ -94,9 +94,7 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     assert epochs[0] != epochs[1] != list(range(10))
 
 
-def test_calibration_leaves_padding_out_and_the_loss_the_logits_of_prompts(
-    llama, tmp_path, monkeypatch, capsys
-):
+def test_padding_does_not_calibrate_nor_prompts_count(llama, tmp_path, monkeypatch, capsys):
     """The unit of down_proj is the median over what it sees of the records one by one."""
     monkeypatch.setattr(training, "train", lambda *arguments: None)
     argv = options(llama, tmp_path, ".", "--steps", "1", "--targets", "layers.1.mlp.down_proj")
@@ -120,9 +118,7 @@ def test_calibration_leaves_padding_out_and_the_loss_the_logits_of_prompts(
     assert shapes == [(3, 5, 260)]
 
 
-def test_stopped_and_resumed_it_ends_bit_for_bit_where_a_straight_run_does(
-    llama, tmp_path, monkeypatch, capsys
-):
+def test_stopped_and_resumed_it_ends_bit_for_bit_alike(llama, tmp_path, monkeypatch, capsys):
     more = ["--steps", "9", "--dropout", "0.1"]
     finetune.main(options(llama, tmp_path, "straight", *more, "--gradient-checkpointing"))
     argv = options(llama, tmp_path, "out", *more)

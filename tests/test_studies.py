@@ -167,10 +167,8 @@ def test_the_authors_layers_are_what_one_reads_off_their_code(size, k):
     x = randn(6, 20) * torch.tensor([0.1, 0.5, 1, 2, 10, 100])[:, None]
     A = randn(3, 20, seed=1) / 4
     B = size * randn(7, 3, seed=2)
-    for update, by_hand in (
-        (authors.authors_update, hyplora_by_hand),
-        (authors.simplified_update, simplified_by_hand),
-    ):
+    updates = authors.authors_update, authors.simplified_update
+    for update, by_hand in zip(updates, (hyplora_by_hand, simplified_by_hand)):
         want = torch.stack([by_hand(token, A, B, k) for token in x])
         error = (update(x, A, B, k) - want).norm(dim=1)
         assert (error <= 1e-6 * want.norm(dim=1)).all()
