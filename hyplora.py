@@ -92,21 +92,13 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
-MAX_RADIUS = 12.0  # the authors' bound of |x| / sqrt K: a token beyond it counts as if it lay there
+# As sinh overflows, a token of a larger radius is treated as if it lay there, as by the authors.
+MAX_RADIUS = 12.0
 
 
 def hyplora_reference(x, A, B, K):
     """The update as the paper writes it. Arguments: as in hyplora_update."""
     return logmap0(llr(expmap0(x, K), A, B, K), K)
-
-
-def radii(x, lora, K):
-    """|x| / sqrt K and |BAx| / sqrt K: (..., 1), at least 1e-18. (length would copy all of x.)"""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
-    squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # This is sqrt, but what overflowed is NaN, and no far token.
-    return (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)
 
 
 def hyplora_update(x, A, B, K, max_radius=None):
@@ -121,10 +113,18 @@ def hyplora_update(x, A, B, K, max_radius=None):
     """
     x = x.float() if x.dtype == torch.float16 else x  # Squares of float16 overflow soon.
     lora = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(x.dtype)
-    r, lora_r = radii(x, lora, K)
-    bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)  # as sinh overflows
-    new_r = torch.asinh(lora_r / r * torch.sinh(bounded))  # sinh r' = g sinh r
-    return (new_r / lora_r).to(x.dtype) * lora
+    return phi_of(x, lora, K, max_radius).to(x.dtype) * lora
+
+
+def phi_of(x, lora, K, max_radius=None):
+    """phi = |update| / |BAx|, or its limit at B = 0: (..., 1). lora: BAx. (length would copy x.)"""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
+    squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
+    roots = squares / squares.sqrt()  # This is sqrt, but inf becomes NaN, and does not pass as far.
+    r, lora_r = (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)  # |x| and |BAx| over sqrt K
+    bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)
+    return torch.asinh(lora_r / r * torch.sinh(bounded)) / lora_r  # sinh r' = g sinh r
 
 
 # --- The layer ----------------------------------------------------------------------------------
@@ -327,7 +327,8 @@ def hyplora_parameters(model):
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context, for all threads, the model is its frozen base, bit for bit. Contexts may
-    overlap; a copy made within stays off. Where checkpointing runs, include backward()."""
+    overlap; a copy made within stays off. Where checkpointing repeats a forward pass, backward()
+    belongs into the context, too."""
     layers = hyplora_layers(model).values()
     for layer in layers:
         layer.disabled += 1
@@ -364,9 +365,7 @@ def measure_tokens(model, args, kwargs):
         x = x[counts]
         with torch.autocast(x.device.type, enabled=False):
             lora = x @ layer.lora_A.to(x.dtype).T @ layer.lora_B.to(x.dtype).T
-            r, lora_r = radii(x, lora, layer.K)  # At B = 0, this gives phi's limit.
-            phi = torch.asinh(lora_r / r * torch.sinh(r.clamp(max=MAX_RADIUS))) / lora_r
-        ratios = [length(x), length(lora) / length(x), phi]
+            ratios = [length(x), length(lora) / length(x), phi_of(x, lora, layer.K)]
         if len(x):
             seen.setdefault(names[layer], []).append(torch.cat(ratios, dim=-1))
 
@@ -387,11 +386,12 @@ def measure_tokens(model, args, kwargs):
 
 def calibrate_curvature(model, *args, **kwargs):
     """Set each layer's lora_unit to the length of a typical token, before training: the median of
-    |x|. (Attention sinks would rule a mean.) model(*args, **kwargs) runs once, as the base and in
-    eval mode. Zero vectors do not count, nor does padding, where a keyword attention_mask of the
-    tokens' shape is 0. In torch.distributed, all processes call this and get the units of the
-    first. Returns {name: K} of layers that saw a token, and warns of others. Raises ValueError,
-    with no unit changed, if none did, or if a length is not finite."""
+    |x|. (A mean would be ruled by attention sinks, hundreds of times as long as other tokens.)
+    model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
+    does padding, where a keyword attention_mask of the tokens' shape is 0. In torch.distributed,
+    all processes call this and get the units of the first. Returns {name: K} of layers that saw a
+    token, and warns of others. Raises ValueError, with no unit changed, if none did, or if a length
+    is not finite."""
     with disable_hyplora(model):
         rows = measure_tokens(model, args, kwargs)
     infinite = [name for name, tokens in rows.items() if not tokens[:, 0].isfinite().all()]
@@ -412,7 +412,7 @@ def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
     Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it exceeds phi before
-    training, a few tokens far out rule the gradient: MAX_RADIUS = 4.0 may keep it from failing.
+    training, a few far tokens rule the gradient, and training may fail: MAX_RADIUS = 4.0 helped.
     """
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
@@ -461,7 +461,7 @@ def save_hyplora(model, path, tensors=None):
     options = {name: layer.options for name, layer in hyplora_layers(model).items()}
     tensors = hyplora_state_dict(model) if tensors is None else tensors
     finite = [name for name, t in tensors.items() if t.isfinite().all()]
-    if finite != [*tensors] or not 0 < 4 * len(options) <= sum("lora_" in n for n in finite):
+    if not options or finite != [*tensors] or sum("lora_" in n for n in finite) < 4 * len(options):
         raise ValueError("there are no adapters to save, or they are not whole and finite")
     fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:
