@@ -78,17 +78,16 @@ def test_statistics_by_a_literal_formula_and_of_the_tokens_that_calibration_coun
 
 def test_the_bound_is_that_of_the_layer_its_statistics_and_its_file(monkeypatch, tmp_path):
     monkeypatch.setattr(hyplora, "MAX_RADIUS", 4.0)
-    model, x = adapted(nn.Sequential(nn.Linear(7, 6))), 100 * X.float()
-    (layer,) = model
+    layer, x = adapted(nn.Sequential(nn.Linear(7, 6)))[0], 100 * X.float()
     update = hyplora.hyplora_update(x, layer.lora_A, layer.lora_B, layer.K, max_radius=4.0)
     assert torch.equal(layer(x), layer.base(x) + layer.scaling * update)
     phi = norm(update) / norm(x @ layer.lora_A.T @ layer.lora_B.T)
-    assert hyplora.hyplora_statistics(model, x)["0"]["phi"] == pytest.approx(phi.mean().item())
-    hyplora.save_hyplora(model, tmp_path / "adapter.pt")
-    hyplora.load_hyplora(model, tmp_path / "adapter.pt")
+    assert hyplora.hyplora_statistics(layer, x)[""]["phi"] == pytest.approx(phi.mean().item())
+    hyplora.save_hyplora(layer, tmp_path / "adapter.pt")
+    hyplora.load_hyplora(layer, tmp_path / "adapter.pt")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"MAX_RADIUS are \(3, 4.0\), here \(3, 12.0\)"):
-        hyplora.load_hyplora(model, tmp_path / "adapter.pt")
+        hyplora.load_hyplora(layer, tmp_path / "adapter.pt")
 
 
 def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():

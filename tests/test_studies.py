@@ -352,8 +352,7 @@ def test_a_tier_is_tuned_printed_and_never_run_twice(setting, tmp_path, monkeypa
         return row | dict(validation=loss, phi={"model.layers.0.q_proj": 1 + seed / 1000})
 
     monkeypatch.setattr(comparison, "work", work)
-    out = tmp_path / "rows.jsonl"
-    args = argparse.Namespace(out=out, data="", workers=1, tier=1, steps=100)
+    args = argparse.Namespace(out=tmp_path / "rows.jsonl", data="", workers=1, tier=1, steps=100)
     for expected in (True, False):
         plan = comparison.Plan(args)
         plan.pool = ThreadPoolExecutor(1)
