@@ -121,8 +121,8 @@ def phi_of(x, lora, K, max_radius=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt()  # This is sqrt, but inf becomes NaN, and does not pass as far.
-    r, lora_r = (roots / K**0.5).clamp(min=1e-18).chunk(2, dim=-1)  # |x| and |BAx| over sqrt K
+    roots = squares / squares.sqrt() / K**0.5  # This is sqrt, but inf becomes NaN, and not far.
+    r, lora_r = roots.clamp(min=1e-18).chunk(2, dim=-1)  # These are |x| and |BAx| over sqrt K.
     bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)
     return torch.asinh(lora_r / r * torch.sinh(bounded)) / lora_r  # sinh r' = g sinh r
 
