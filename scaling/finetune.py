@@ -32,7 +32,9 @@ PAPER = (
 RECIPES = {"paper": PAPER, "paper-commonsense": PAPER + "--max-new-tokens 32"}
 ALPHAS = {"llama": 128.0, "qwen2": 128.0, "gemma": 128.0, "gemma3": 32.0, "gemma3_text": 32.0}
 # What shapes an adapter: a run that is resumed has to have the same.
-SHAPING = "alpha batch_size cutoff dropout dtype loss_on lr rank seed steps targets warmup_steps"
+SHAPING = (
+    "alpha batch_size cutoff dropout dtype loss_on lr rank recipe seed steps targets warmup_steps"
+)
 
 
 def parse_arguments(argv=None):
@@ -76,8 +78,11 @@ def parse_arguments(argv=None):
         parser.error("either train with --data FILE, or score with --score-only ADAPTER")
     if not args.eval and (args.score_only is not None or args.predictions is not None):
         parser.error("--score-only and --predictions need --eval FILE ...")
-    if min({args.steps, args.epochs, args.batch_size} - {None}) < 1:
-        parser.error("--steps, --epochs and --batch-size must be at least 1")
+    if args.predictions in {args.data, *args.eval} - {None}:
+        parser.error(f"--predictions would overwrite {args.predictions}: name another file")
+    counts = {args.steps, args.epochs, args.batch_size, args.beams, args.max_new_tokens} - {None}
+    if min(counts) < 1 or args.cutoff < 2 or args.warmup_steps < 0 or not 0 < args.lr < math.inf:
+        parser.error("--warmup-steps must be >= 0, --cutoff >= 2, other counts >= 1, and --lr > 0")
     if args.shard and training.PROCESSES == 1:
         parser.error("--shard spreads the base over processes: start torchrun --nproc-per-node N")
     return args
@@ -141,10 +146,10 @@ def share_of(model):
 
 
 def fingerprint(model):
-    """A short text that changes if any tensor of the base does, whatever dtype it is read in."""
+    """A text made of some 64 numbers of each tensor of the base, whatever dtype it is read in."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        some = p.detach().flatten()[:: max(1, p.numel() // 64)].bfloat16().tolist()
+        some = p.detach().flatten()[:: p.numel() // 64 | 1].bfloat16().tolist()  # many columns
         digest.update(json.dumps([name, list(p.shape), some]).encode())
     return digest.hexdigest()[:16]
 
@@ -154,20 +159,20 @@ def open_run(args, prompts, base):
     data = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
     options = {name: getattr(args, name) for name in SHAPING.split()}
     options.update(template=prompts.template, stop=prompts.stop, data=data, base=fingerprint(base))
-    options["chat_template"] = prompts.tokenizer.chat_template
+    options.update(chat_template=prompts.tokenizer.chat_template, bound=hyplora.MAX_RADIUS)
     path = Path(args.out, "options.json")
     if path.exists() != args.resume:
         sys.exit(f"--resume goes on with the run of {path}; a new run takes another --out")
     if not args.resume:
         path.write_text(json.dumps(options, indent=1))
     saved = json.loads(path.read_text())
-    changed = [name for name in options if saved[name] != options[name]]
+    changed = [name for name in options if saved.get(name) != options[name]]
     if changed:
         sys.exit(f"{args.out} can't be resumed, as {changed} changed: look at its options.json")
 
 
 def score(model, name, args, prompts, tests):
-    """{column: percent right} on each file, and the averages. Appends to --predictions."""
+    """{column: percent right} on each file, and the averages. Writes --predictions."""
     columns = {}
     results = []
     for path, records in tests.items():
@@ -178,7 +183,8 @@ def score(model, name, args, prompts, tests):
             line.update(output=output, extracted=extract(output, record.answer, args.letters))
             lines.append(line | {"right": is_right(output, record.answer, args.letters)})
         if args.predictions is not None and RANK == 0:
-            with open(args.predictions, "a", encoding="utf-8") as file:
+            is_first = name in ("base", "saved") and not results
+            with open(args.predictions, "w" if is_first else "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         rights = [line["right"] for line in lines]
         columns[f"% {path.removesuffix('.json')}"] = 100 * mean(rights)
@@ -270,7 +276,7 @@ def main(argv=None):
     training.start_processes(args.device)
     try:
         if args.predictions is not None:  # What can't be written is found out now, not afterwards.
-            open(args.predictions, "w").close()
+            open(args.predictions, "a").close()
         rows = score_saved(args) if args.data is None else train_and_score(args)
     except OSError as error:
         sys.exit(f"\n{error}. What was saved before is whole")

@@ -97,15 +97,9 @@ def generate_answers(model, records, prompts, args, label):
     answers = {}
     for batch in tqdm(batches, label, disable=RANK > 0):
         ids, mask = pad([torch.tensor(records[i].prompt_ids) for i in batch], "left", args.device)
-        result = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            num_beams=args.beams,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_id=prompts.stop,
-            pad_token_id=prompts.end,
-        )
+        how = dict(do_sample=False, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+        how.update(eos_token_id=prompts.stop, pad_token_id=prompts.end)
+        result = model.generate(input_ids=ids, attention_mask=mask, **how)
         for i, row in zip(batch, result[:, ids.shape[1] :].tolist()):
             answers[i] = prompts.decode(row)
     for part in gather(answers):

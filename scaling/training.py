@@ -190,7 +190,7 @@ def train(model, args, label, records):
         if not math.isfinite(loss + norm):
             sys.exit(f"\n{label}, step {step + 1}: loss {loss}, gradient {norm:g}: lower --lr")
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        rising = (step + 1) / args.warmup_steps
+        rising = (step + 1) / max(1, args.warmup_steps)
         falling = (args.steps - step) / max(1, args.steps - args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(rising, falling, 1)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,6 +93,11 @@ def test_the_end_tokens_are_the_generation_configs(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, TURN]}))
     prompts = read_prompts(parse(f"--checkpoint {folder}"))
     assert prompts.stop == [END, TURN] and prompts.end == TURN and prompts.template == "chat"
+    assert read_prompts(parse(f"--checkpoint {folder} --recipe paper")).template == "chat-alpaca"
+    saved = dict(template="chat", stop=[END], chat_template=CHATML)
+    assert read_prompts(parse(f"--checkpoint {folder}"), saved).prompt("Hi").startswith("<|turn|>")
+    with pytest.raises(SystemExit, match="m is no folder"):
+        read_prompts(parse())
 
 
 def read(tmp_path, text, **settings):
@@ -190,23 +196,23 @@ def test_without_transformers_there_is_one_line_that_says_what_to_install(missin
 
 
 RULES = [
-    ("5 and 7 make 12. The answer is 1,200.", "1200.0", True),
-    ("12, or rather 13", "12", False),
-    ("0.3334", "0.333", True),
-    ("It falls by -3.5", "-3.5", True),
+    ("5 and 7 make 12. The answer is 1,200.", "1,200.0", True),
+    ("12, or rather 12.002", "12", False),
+    ("0.3339", "0.333", True),
+    ("It falls by -3.5", "-35e-1", True),
     ("(B) or (C)", "B", True),
     ("A guess. The answer is (D).", "D", False),  # The rule takes the A of the first word.
     ("not false but true", "true", False),
     ("It is Solution2.", "solution2", True),
     ("an answer12 and TRUE", "answer1", True),  # A word is found inside others.
 ]
-RELEASED = {"(A) or (C)": "C", r"\boxed{B} (C)": "B", r"\boxed{\text{(E)}}": "E", "Option D": "D"}
+RELEASED = {"(A) or (C)": "C", r"\boxed{B} (C)": "B", r"\boxed{\text{E}} (C)": "E", "Option D": "D"}
 
 
 def test_the_rules_and_what_none_of_them_could_score():
     for output, answer, right in RULES:
         assert is_right(output, answer) is right, output
-    for output, letter in (RELEASED | {"A? The answer is: C": "C"}).items():
+    for output, letter in (RELEASED | {"A? The answer is: C": "C", "It is B.": "B"}).items():
         assert is_right(output, letter, letters="released"), output
     assert not is_right("A", "A", letters="released")
     for answer in ("", "maybe", "F", "a", "nan", "inf", "1/2", "12 apples", "answer6"):
@@ -214,9 +220,16 @@ def test_the_rules_and_what_none_of_them_could_score():
             pattern_of(answer)
 
 
+def test_letters_are_scored_by_the_rule_of_the_option(monkeypatch):
+    monkeypatch.setattr(finetune, "generate_answers", lambda *a: ["A train: the answer is C"])
+    tests = {"t.json": [Record(1, [], [], "C")]}
+    found = finetune.score(None, "base", parse("--letters released"), None, tests)
+    assert found == {"% t": 100, "M.AVG": 100}
+
+
 def test_the_averages_are_micro_for_arithmetic_and_macro_for_commonsense():
     results = [(["1"] * 8, [True] * 3 + [False] * 5), (["A", "B"], [True, True])]
-    results += [(["true", "false"], [True, False]), (["solution1"] * 8, [True] * 8)]
+    results += [(["true", "false"], [True, False]), (["ending4", "option2"] * 4, [True] * 8)]
     assert averages(results) == {"M.AVG": pytest.approx(50.0), "AVG": pytest.approx(75.0)}
     assert averages([]) == {}
 
@@ -242,17 +255,18 @@ def test_greedy_means_greedy_and_answers_come_back_in_order(family, tmp_path):
 
 def test_batches_have_few_tokens():
     """A model and a tokenizer that only write down what they are given."""
-    seen = []
-    model = argparse.Namespace(eval=lambda: None)
-    model.generate = lambda input_ids, **_: seen.append(input_ids) or input_ids
-    prompts = argparse.Namespace(stop=[END], end=END, decode=lambda row: "")
+    model = Mock(generate=Mock(side_effect=lambda input_ids, **options: input_ids))
+    prompts = argparse.Namespace(stop=[END, TURN], end=END, decode=lambda row: "")
     args = argparse.Namespace(max_new_tokens=100, beams=4, device="cpu")
     records = [Record(1, [7] * length, [], "") for length in (20, 9000, 900, *80 * [50])]
     scoring.generate_answers(model, records, prompts, args, "")
+    asked = [call.kwargs for call in model.generate.call_args_list]
+    seen = [options["input_ids"] for options in asked]
     assert sum(len(ids) for ids in seen) == 83 and seen[0].shape == (1, 9000)
     for ids in seen:
         assert len(ids) == 1 or len(ids) * (ids.shape[1] + 100) * 4 <= 16384
     assert max(len(ids) for ids in seen) > 15
+    assert asked[0]["num_beams"] == 4 and asked[0]["eos_token_id"] == [END, TURN]
 
 
 def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path):
@@ -281,9 +295,12 @@ def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path)
     other = write_folder(tmp_path / "other", seed=1)
     refused = {"was trained with --template alpaca: leave it out": ["--template", "chat"]}
     refused["was trained on another base"] = ["--checkpoint", other]
+    refused["^2$"] = ["--predictions", sums]
+    files = [Path(path).read_bytes() for path in (said, sums)]
     for message, more in refused.items():
         with pytest.raises(SystemExit, match=message):
             finetune.main([*again, *more])
+    assert files == [Path(path).read_bytes() for path in (said, sums)] and all(files)
 
 
 def test_a_folder_that_lacks_a_tensor_ends_the_run(tmp_path):

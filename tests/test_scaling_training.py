@@ -48,7 +48,7 @@ def test_a_family_learns_and_its_loss_is_that_of_the_model_itself(family, tmp_pa
     folder = write_folder(tmp_path / "model", family)
     argv = options(folder, tmp_path, "out", "--steps", "6")
     base, trained = finetune.main(argv)
-    assert trained["loss"] < base["loss"] - 0.01
+    assert trained["loss"] < base["loss"] - 0.01 and base["trainable"] == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     total, count = 0.0, 0
@@ -75,23 +75,25 @@ def test_steps_have_their_own_records_rates_and_dropout(llama, tmp_path, monkeyp
     rates = []
 
     def step(optimizer, closure=None):
-        rates.append(optimizer.param_groups[0]["lr"])
+        group = optimizer.param_groups[0]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"]])
+        rates.append(group["lr"] * norm.item() + group["weight_decay"])
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     argv = options(llama, tmp_path, ".", "--steps", "8", "--lr", "1", "--warmup-steps", "4")
     args = finetune.parse_arguments(argv)
     records = [Record(i, [1, 2], [i], "") for i in range(10)]
-    for rank in (0, 0, 1):  # A process of another rank draws other random numbers in a step.
+    for rank, args.seed in ((0, 0), (0, 0), (1, 0), (0, 1)):
         monkeypatch.setattr(training, "RANK", rank)
         training.train(model, args, "x", records)
     assert rates[:8] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])
-    assert len(set(seen[:8])) == 8 and seen[:8] == seen[8:16] != seen[16:]
+    assert len(set(map(float, seen))) == 24 and seen[:8] == seen[8:16]
     epochs = []
-    for first in (0, 2):
+    for first, args.seed in ((0, 0), (2, 0), (0, 1)):
         steps = [training.records_of_step(records, first + i, args) for i in range(2)]
         epochs.append([record.position for record in steps[0] + steps[1]])
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
-    assert epochs[0] != epochs[1] != list(range(10))
+    assert epochs[0] != epochs[1] != list(range(10)) and epochs[0] != epochs[2]
 
 
 def test_padding_does_not_calibrate_nor_prompts_count(llama, tmp_path, monkeypatch, capsys):
@@ -114,8 +116,9 @@ def test_padding_does_not_calibrate_nor_prompts_count(llama, tmp_path, monkeypat
     shapes = []
     model.lm_head.register_forward_hook(lambda head, x, out: shapes.append(tuple(out.shape)))
     records = [Record(1, n * [5], m * [6], "") for n, m in ((50, 3), (52, 2), (51, 4))]
-    training.summed_loss(model, training.make_batch(records, args))
-    assert shapes == [(3, 5, 260)]
+    for args.loss_on in ("answer", "all"):
+        training.mean_loss(model.train(), records, args)
+    assert shapes == [(3, 5, 260), (3, 54, 260)] and not model.training
 
 
 def test_stopped_and_resumed_it_ends_bit_for_bit_alike(llama, tmp_path, monkeypatch, capsys):
@@ -126,7 +129,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_alike(llama, tmp_path, monkeypa
 
     def stop(records, step, args):
         if step == 5:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
         return records_of_step(records, step, args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
@@ -135,7 +138,8 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_alike(llama, tmp_path, monkeypa
     assert "with --resume goes on" in capsys.readouterr().out
     finetune.main([*argv, "--resume"])
     assert "going on from step 6" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.default_int_handler, signal.SIG_DFL]
     assert_near(tensors(tmp_path / "straight"), tensors(tmp_path / "out"), tolerance=0)
 
 
@@ -156,7 +160,7 @@ def test_a_full_disk_and_a_nan_loss_leave_the_last_state_whole(llama, tmp_path, 
         finetune.main([*options(llama, tmp_path, "nan", "--steps", "4"), "--lr", "1e30"])
 
 
-def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, capsys):
+def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, monkeypatch, capsys):
     """A chat template that renders the time does not keep a run from resuming."""
     dated = CHATML.replace("{% for", "{{ strftime_now('%f')[:2] }}{% for", 1)
     folder = write_folder(tmp_path / "model", chat_template=dated)
@@ -168,8 +172,12 @@ def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, capsy
     with pytest.raises(SystemExit, match="a new run takes another --out"):
         finetune.main(argv)
     other = write_folder(tmp_path / "other", seed=1, chat_template=dated)
-    for name, more in (("lr", ["--lr", "1e-3"]), ("base", ["--checkpoint", other])):
-        with pytest.raises(SystemExit, match=rf"can't be resumed, as \['{name}'\] changed"):
+    changes = {"base": ["--checkpoint", other], "bound": [], "recipe": ["--recipe", "paper"]}
+    wrong = "--alpha 3 --cutoff 9 --dropout 0.1 --loss-on all --lr 1 --rank 2 --seed 1"
+    changes["alpha', 'cutoff', 'dropout', 'loss_on', 'lr', 'rank', 'seed"] = wrong.split()
+    for name, more in changes.items():
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"'{name}'.* changed"):
+            patch.setattr("hyplora.MAX_RADIUS", 4.0 if name == "bound" else 12.0)
             finetune.main([*argv, "--resume", *more])
     finetune.main([*argv, "--resume"])
     assert "going on from step 2" in capsys.readouterr().out
@@ -186,10 +194,14 @@ def test_what_cannot_be_written_is_found_before_the_training(llama, tmp_path, mo
             finetune.main(options(llama, tmp_path, out, *more))
 
 
-@pytest.mark.parametrize("wrong", ["steps 0", "epochs -1", "targets query", "targets lm_head"])
+WRONG = "steps 0, epochs -1, beams 0, cutoff 1, warmup-steps -1, lr nan, dropout 1, shard"
+WRONG += ", targets query, targets lm_head, predictions p, score-only a --eval b"
+
+
+@pytest.mark.parametrize("wrong", WRONG.split(", "))
 def test_a_wrong_option_is_found_before_anything_is_scored(wrong, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "score", lambda *arguments: pytest.fail("too late"))
-    with pytest.raises((SystemExit, ValueError), match=r"^2$|got \['query'\]|lm_head.*names no"):
+    with pytest.raises((SystemExit, ValueError), match=r"^2$|'query'|lm_head.*names no|<= dropout"):
         finetune.main(options(llama, tmp_path, "out", *f"--{wrong}".split()))
     assert not (tmp_path / "out/options.json").exists()
 
