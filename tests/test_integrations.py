@@ -124,6 +124,8 @@ def test_adapters_learn_on_bases_of_bitsandbytes_which_are_saved_whole(options, 
     assert any("lm_head" not in name and name.endswith((".SCB", ".absmax")) for name in names)
     assert len(hyplora.inject_hyplora(quantized, "all-linear", rank=4)) == 14
     assert names < set(quantized.state_dict())
+    # Of 4 bits, bitsandbytes does not read all that it writes.
+    quantized.load_state_dict(quantized.state_dict(), strict="load_in_8bit" in options)
     train(quantized, lambda model: model(input_ids=IDS, labels=IDS).loss)
 
 
@@ -177,17 +179,14 @@ def check_distributed_checkpoints(rank, mesh, path):
 def check_refusals(mesh):
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    whole = nn.Sequential(mlp())
+    whole, ran = nn.Sequential(mlp()), fully_shard(mlp(), mesh=mesh)
     fully_shard(whole, mesh=mesh)
+    ran(X)  # Now its parameters are whole.
     zero_3 = mlp()
     zero_3[0].weight.ds_id = 0
-    for bare in (
-        nn.parallel.DistributedDataParallel(mlp()),
-        FullyShardedDataParallel(mlp(), device_id=torch.device("cpu")),
-        shard(mlp(), mesh),
-        whole[0],  # It is no FSDPModule itself, but its parameters are sharded.
-        zero_3,
-    ):
+    fsdp_1 = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+    # whole[0] is no FSDPModule itself, but its parameters are sharded.
+    for bare in (nn.parallel.DistributedDataParallel(mlp()), fsdp_1, ran, whole[0], zero_3):
         flags = [p.requires_grad for p in bare.parameters()]
         with pytest.raises(ValueError, match="before it is sharded or put into DDP"):
             hyplora.inject_hyplora(bare, "all-linear")
@@ -200,11 +199,9 @@ def check_calibration(rank, mesh):
 
     one = adapted(mlp())
     want = hyplora.calibrate_curvature(one, X[:4])
-    for wrap in (
-        nn.parallel.DistributedDataParallel,
-        lambda model: shard(model, mesh),
-        lambda model: fully_shard(model, mesh=mesh),  # This stays whole after a forward pass.
-    ):
+    wraps = [nn.parallel.DistributedDataParallel, lambda model: shard(model, mesh)]
+    wraps += [lambda model: fully_shard(model, mesh=mesh)]  # It stays whole after a forward pass.
+    for wrap in wraps:
         model = wrap(adapted(mlp()))
         found = hyplora.calibrate_curvature(model, X[rank * 4 : rank * 4 + 4])
         assert list(found.values()) == list(want.values())

@@ -64,10 +64,10 @@ SHORT = "--base-steps 8 --steps 6".split()
 
 
 def test_the_script_at_its_smallest(tmp_path, capsys):
-    argv = [*SHORT, "--seeds", "2", "--curvature", "0.5", "inf", "1", "--out", str(tmp_path)]
-    rows = train_minimal.main(argv)
+    argv = [*SHORT, "--seeds", "2", "--curvature", "0.5", "inf", "1e9"]
+    rows = train_minimal.main([*argv, "--out", str(tmp_path / "out")])
     names = [row["adapter"] for row in rows]
-    assert names[1:] == 2 * ["LoRA"] + 2 * ["HypLoRA 0.5"] + 2 * ["HypLoRA 1"]
+    assert names[1:] == 2 * ["LoRA"] + 2 * ["HypLoRA 0.5"] + 2 * ["HypLoRA 1e+09"]
     assert len({row["% a+b, adapter off"] for row in rows}) == 1
     assert rows[3]["parameters"] == rows[1]["parameters"] + 7  # one K for each layer
     printed, errors = capsys.readouterr()
@@ -75,10 +75,18 @@ def test_the_script_at_its_smallest(tmp_path, capsys):
     spread = abs(rows[1]["% a-b"] - rows[2]["% a-b"]) / math.sqrt(2)
     assert f" | {mean:.1f} ± {spread:.1f} | " in printed
     assert errors == "" and "\r" not in printed and printed.count("step   6 of 6") == 6
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", printed)]
+    assert losses[10:] == pytest.approx(losses[2:6], abs=2e-4)  # So flat a HypLoRA is LoRA.
+    assert all(before - after > 0.05 for before, after in zip(losses[::2], losses[1::2]))
+    saved = torch.load(tmp_path / "out/HypLoRA-0.5-1.pt")
+    assert saved["layers"]["mlp.up_proj"] == dict(rank=16, alpha=64, dropout=0, curvature=0.5)
+    assert saved["tensors"]["mlp.down_proj.lora_unit"].item() != pytest.approx(170**0.5)
     assert len(re.findall(r"acts like LoRA with alpha x 1\.\d\d,", printed)) == 2
-    assert len(re.findall(r"^\| \d\d-\d\d=( \| \d{3}){4} \|$", printed, re.MULTILINE)) == 3
-    score = re.search(r"Read back from .*HypLoRA-1-1.pt: (.*) % a-b", printed)[1]
-    assert score == f"{rows[-1]['% a-b']:.1f}" and len(list(tmp_path.glob("*.pt"))) == 6
+    asked = re.findall(r"^\| (\d\d-\d\d=)(?: \| \d{3}){4} \|$", printed, re.MULTILINE)
+    held_out = train_minimal.make_sums("-", held_out=True)[100:400:100]
+    assert asked == [train_minimal.characters(row[:6]) for row in held_out]
+    score = re.search(r"Read back from .*HypLoRA-1e.09-1.pt: (.*) % a-b", printed)[1]
+    assert score == f"{rows[-1]['% a-b']:.1f}" and len(list(tmp_path.glob("out/*.pt"))) == 6
 
 
 def test_a_real_model_is_handed_over(monkeypatch):
