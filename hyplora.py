@@ -343,7 +343,7 @@ def remove_hyplora(model):
     """Take the adapters out, in place, and return the base; what was frozen stays frozen."""
     bases = {}
     for layer in hyplora_layers(model).values():
-        for name in ("lora_A", "lora_B", "lora_K", "lora_unit"):
+        for name in [n for n in (*layer._parameters, *layer._buffers) if n.startswith("lora_")]:
             delattr(layer, name)  # The base has the same tables.
         bases[layer] = layer.base
     replace_modules(model, bases)

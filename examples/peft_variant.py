@@ -16,11 +16,15 @@ HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besid
     ...
     model.save_pretrained(folder)
     model = PeftModel.from_pretrained(base, folder, config=HypLoRAConfig.from_pretrained(folder))
+    model.add_adapter("second", HypLoRAConfig.from_pretrained(other))  # and only then
+    model.load_adapter(other, "second")
 
-Do pass the config there: without it, PEFT warns of "curvature" and loads A and B as a plain LoRA.
+Do pass the config: without it, PEFT warns of "curvature" and loads A and B as a plain LoRA. Options
+of LoraConfig that make another layer of LoRA, such as use_dora and lora_bias, have no effect.
 The interface is private; examples/README.md names the version that this was run with.
 """
 
+import contextlib
 import tempfile
 from dataclasses import dataclass
 
@@ -89,6 +93,8 @@ class HypLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 1e-12 <= self.curvature < float("inf"):
+            raise ValueError(f"curvature must be finite and at least 1e-12, got {self.curvature}")
         self._register_custom_module({nn.Module: HypLoRAPeftLinear})
 
     @classmethod
@@ -98,20 +104,20 @@ class HypLoRAConfig(LoraConfig):
 
 @torch.no_grad()
 def calibrate(model, adapter="default", **inputs):
-    """What calibrate_curvature does: the unit is the median of |x| over the tokens of inputs."""
+    """Set the units to the median of |x| over all tokens of inputs, so leave padding out of them.
+    Put the model into eval mode first, if its base has dropout of its own."""
 
     def look(layer, arguments):
         tokens = arguments[0][(arguments[0] != 0).any(dim=-1)]
         layer.lora_unit[adapter].copy_(length(tokens).median())
 
-    layers = [module for module in model.modules() if isinstance(module, HypLoRAPeftLinear)]
+    layers = [module for module in model.modules() if adapter in getattr(module, "lora_unit", ())]
     if not layers:
-        raise ValueError("the first adapter of a model has to be one of HypLoRAConfig")
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    with model.disable_adapter():
+        raise ValueError(f"no HypLoRA is {adapter!r}: the first adapter has to be of HypLoRAConfig")
+    with model.disable_adapter(), contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(look))
         model(**inputs)
-    for hook in hooks:
-        hook.remove()
 
 
 # --- the demonstration --------------------------------------------------------------------------

@@ -44,8 +44,7 @@ class DoraHypLoRALinear(HypLoRALinear):
             return out
         bias = 0 if self.bias is None else self.bias
         n = (self.weight + self.scaling * (self.lora_B @ self.lora_A).detach()).norm(dim=1)
-        factor = (self.lora_magnitude / n).to(out.dtype)
-        return bias + factor * (out - bias)
+        return out + ((self.lora_magnitude / n - 1) * (out - bias)).to(out.dtype)
 
 
 class AdaHypLoRALinear(HypLoRALinear):
@@ -53,7 +52,8 @@ class AdaHypLoRALinear(HypLoRALinear):
 
     lora_B is P, lora_A is Q, and lora_E is lambda, which starts at 0. RankBudget sets the lambdas
     to 0 that matter least. A lambda of 0 takes its direction out of BAx before the length of the
-    update is computed, so that a pruned layer is a HypLoRA of the lower rank.
+    update is computed, so that a pruned layer is a HypLoRA of the lower rank. hyplora_statistics
+    does not know lambda, and measures A and B without it.
     """
 
     def __init__(self, base, **options):
@@ -66,9 +66,9 @@ class AdaHypLoRALinear(HypLoRALinear):
         out = self.base(x)
         if not self.enabled:
             return out
-        x = F.dropout(x, self.options["dropout"], self.training)
+        x = F.dropout(x.to(out.dtype), self.options["dropout"], self.training)
         update = hyplora_update(x, self.lora_E * self.lora_A, self.lora_B, self.K)
-        return out + self.scaling * update
+        return out + (self.scaling * update).to(out.dtype)
 
 
 def ada_layers(model):
@@ -78,7 +78,7 @@ def ada_layers(model):
 def orthogonality(model):
     """AdaLoRA's penalty: how far the rows of Q and the columns of P are from orthonormal ones."""
     matrices = [M for layer in ada_layers(model) for M in (layer.lora_A, layer.lora_B.T)]
-    return sum((M @ M.T - torch.eye(len(M))).norm() / len(matrices) for M in matrices)
+    return sum((M @ M.T - torch.eye(len(M)).to(M)).norm() / len(matrices) for M in matrices)
 
 
 class RankBudget:
@@ -96,6 +96,8 @@ class RankBudget:
         self.target = target_rank * len(self.layers)
         self.warmup = warmup
         self.end = total - final
+        if not warmup < self.end < total:
+            raise ValueError(f"warmup {warmup} must end before total - final, {self.end}")
         self.kept = {}
 
     def importance(self, p):

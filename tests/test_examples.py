@@ -237,6 +237,9 @@ def test_at_curvature_infinity_a_variant_is_pefts_and_saved_and_switched_off(kin
     assert torch.equal(copy.deepcopy(other)(X), ours(X))
     with hyplora.disable_hyplora(ours):
         assert torch.equal(ours(X), mlp()(X))
+    assert hyplora.remove_hyplora(ours).state_dict().keys() == mlp().state_dict().keys()
+    with pytest.raises(ValueError, match="warmup 15 must end before total - final, 15"):
+        variants.RankBudget(ours, target_rank=2, total=20, warmup=15, final=5)
 
 
 def test_variants_with_hyplora_are_their_formulas_also_where_a_lambda_is_pruned():
