@@ -226,8 +226,8 @@ def parse_arguments(argv):
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
     add("--out", default="runs", help="folder for the adapters")
     args = parser.parse_args(argv)
-    if min(args.seeds, args.steps, args.base_steps) < 1:
-        parser.error("--seeds, --steps and --base-steps must be at least 1")
+    if min(args.seeds, args.steps, args.base_steps, args.rank) < 1 or not min(args.curvature) > 0:
+        parser.error("--seeds, --steps, --base-steps and --rank must be >= 1, --curvature > 0")
     return args
 
 

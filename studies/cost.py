@@ -289,7 +289,7 @@ def main():
     parser.add_argument("--shape", choices=list(SHAPES), default="toy")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence of a step")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 1")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--out", help="a JSON file for the raw results")
     parser.add_argument("--table", help="a file of raw results to print tables of")
