@@ -208,7 +208,7 @@ def main():
     texts = {}
     for path in args.data:
         records = read_objects(path)[: args.prompts]
-        texts[Path(path).stem] = [text_field(record, "instruction") for record in records]
+        texts.setdefault(Path(path).stem, []).extend(text_field(r, "instruction") for r in records)
     models = [read_model(folder, texts) for folder in args.models]
     for model in tqdm(models, desc="models"):
         for text, prompts in model.prompts.items():
