@@ -170,7 +170,7 @@ def frequency_blocks(model):
     bins = {}
     for column, vectors in columns.items():
         for (low, high), norms in geometry.norm_by_frequency(vectors, tokens, bins=7).items():
-            often = f"{low:.0f} to {high:.0f}" if low else "never"
+            often = f"{np.ceil(low):.0f} to {np.ceil(high) - 1:.0f}" if low else "never"
             row = bins.setdefault(often, {"how often": often, "kinds": len(norms)})
             row[column] = mean_and_interval(norms)
     title = f"**{model.name}, all texts together: mean and its 95 % interval over kinds**"
