@@ -170,9 +170,8 @@ def textbook_logmap0(p, K):
 
 
 def on_manifold(p, K):
-    return torch.allclose(
-        hyplora.lorentz_inner(p, p), torch.tensor(-K).double(), atol=1e-10 * p.max() ** 2
-    )
+    want = torch.tensor(-K, dtype=torch.float64)
+    return torch.allclose(hyplora.lorentz_inner(p, p), want, atol=1e-10 * p.max() ** 2)
 
 
 def test_lorentz_inner_by_hand():
@@ -289,17 +288,16 @@ def test_a_token_beyond_max_radius_is_treated_as_if_it_lay_there():
 
 # --- numbers and gradients ----------------------------------------------------------------------
 
-GRID = [
-    (token, gain, K)
-    for token in (0.0, 1e-12, 1e-6, 1.0, 1e3, 1e6, 1e12)
-    for gain in (0.0, 1e-10, 1e-3, 1.0, 1e3)
-    for K in (1e-6, 1e-3, 1.0, 50.0, 1e6, 1e12, math.inf)
-]
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients_are_finite_and_right_against_float64(dtype):
-    for token, gain, K in GRID:
+    grid = [
+        (token, gain, K)
+        for token in (0.0, 1e-12, 1e-6, 1.0, 1e3, 1e6, 1e12)
+        for gain in (0.0, 1e-10, 1e-3, 1.0, 1e3)
+        for K in (1e-6, 1e-3, 1.0, 50.0, 1e6, 1e12, math.inf)
+    ]
+    for token, gain, K in grid:
         x = (token * F.normalize(X, dim=-1)).to(dtype).requires_grad_()
         a, b, k = (t.float().requires_grad_() for t in (A, gain * B, torch.tensor([K])))
         y = hyplora_update(x, a, b, k)
@@ -329,7 +327,8 @@ def test_the_layer_is_its_formula():
     layer = HypLoRALinear(base, rank=3, alpha=6.0, curvature=0.25)
     nn.init.normal_(layer.lora_B)
     x, a, b = X.float(), layer.lora_A, layer.lora_B
-    assert layer.lora_unit.item() == pytest.approx(7**0.5) and a.abs().max() <= 7**-0.5
+    assert layer.lora_unit.item() == pytest.approx(7**0.5)
+    assert layer.scaling == 2 and a.abs().max() <= 7**-0.5  # A is drawn as in LoRA.
     close(layer(x), base(x) + 2.0 * hyplora_reference(x, a, b, 0.25 * 7))
     nn.init.constant_(layer.lora_unit, 5.0)
     nn.init.constant_(layer.lora_K, 1.0)
@@ -382,9 +381,10 @@ def test_calibration_is_by_the_median_so_that_a_sink_does_not_rule_it():
 @pytest.mark.parametrize("option", ["rank", "alpha", "dropout", "curvature"])
 def test_an_option_out_of_range_is_refused_and_changes_nothing(option):
     model, before = Toy(), snapshot(Toy())
-    for bad in dict(rank=[0], alpha=[0, math.inf], dropout=[1, -1]).get(option, [9e-13, math.nan]):
-        with pytest.raises(ValueError, match=f"{option}.*got .*'{option}': {bad}"):
-            hyplora.inject_hyplora(model, "all-linear", **{option: bad})
+    values = dict(rank=[0, -1], dropout=[1.0, -0.1], alpha=[0, -1.0, math.nan, math.inf])
+    for wrong in values.get(option, [0, -1.0, 9e-13, math.nan]):
+        with pytest.raises(ValueError, match=f"{option}.*got .*'{option}': {wrong}"):
+            hyplora.inject_hyplora(model, "all-linear", **{option: wrong})
         assert_unchanged(model, before)
 
 

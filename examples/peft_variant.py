@@ -16,7 +16,7 @@ HypLoRAConfig stands where LoraConfig would stand, and takes the curvature besid
     ...
     model.save_pretrained(folder)
     model = PeftModel.from_pretrained(base, folder, config=HypLoRAConfig.from_pretrained(folder))
-    model.add_adapter("second", HypLoRAConfig.from_pretrained(other))  # and only then
+    model.add_adapter("second", HypLoRAConfig.from_pretrained(other))  # PEFT needs both.
     model.load_adapter(other, "second")
 
 Do pass the config: without it, PEFT warns of "curvature" and loads A and B as a plain LoRA. Options

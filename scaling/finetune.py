@@ -32,9 +32,7 @@ PAPER = (
 RECIPES = {"paper": PAPER, "paper-commonsense": PAPER + "--max-new-tokens 32"}
 ALPHAS = {"llama": 128.0, "qwen2": 128.0, "gemma": 128.0, "gemma3": 32.0, "gemma3_text": 32.0}
 # What shapes an adapter: a run that is resumed has to have the same.
-SHAPING = (
-    "alpha batch_size cutoff dropout dtype loss_on lr rank recipe seed steps targets warmup_steps"
-)
+SHAPING = "alpha batch_size cutoff dropout dtype loss_on lr rank seed steps targets warmup_steps"
 
 
 def parse_arguments(argv=None):
@@ -78,7 +76,8 @@ def parse_arguments(argv=None):
         parser.error("either train with --data FILE, or score with --score-only ADAPTER")
     if not args.eval and (args.score_only is not None or args.predictions is not None):
         parser.error("--score-only and --predictions need --eval FILE ...")
-    if args.predictions in {args.data, *args.eval} - {None}:
+    read = {os.path.realpath(path) for path in {args.data, *args.eval} - {None}}
+    if args.predictions is not None and os.path.realpath(args.predictions) in read:
         parser.error(f"--predictions would overwrite {args.predictions}: name another file")
     counts = {args.steps, args.epochs, args.batch_size, args.beams, args.max_new_tokens} - {None}
     if min(counts) < 1 or args.cutoff < 2 or args.warmup_steps < 0 or not 0 < args.lr < math.inf:
@@ -146,10 +145,10 @@ def share_of(model):
 
 
 def fingerprint(model):
-    """A text made of some 64 numbers of each tensor of the base, whatever dtype it is read in."""
+    """A text of some 64 numbers, in many columns, of each tensor of the base, in any dtype."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        some = p.detach().flatten()[:: p.numel() // 64 | 1].bfloat16().tolist()  # many columns
+        some = p.detach().flatten()[:: p.numel() // 64 | 1].bfloat16().tolist()
         digest.update(json.dumps([name, list(p.shape), some]).encode())
     return digest.hexdigest()[:16]
 
@@ -158,8 +157,9 @@ def open_run(args, prompts, base):
     """Write down what shapes this run; --resume checks that it is what shaped the run in --out."""
     data = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
     options = {name: getattr(args, name) for name in SHAPING.split()}
-    options.update(template=prompts.template, stop=prompts.stop, data=data, base=fingerprint(base))
-    options.update(chat_template=prompts.tokenizer.chat_template, bound=hyplora.MAX_RADIUS)
+    options.update(template=prompts.template, chat_template=prompts.tokenizer.chat_template)
+    options.update(stop=prompts.stop, recipe=args.recipe, bound=hyplora.MAX_RADIUS)
+    options.update(data=data, base=fingerprint(base))
     path = Path(args.out, "options.json")
     if path.exists() != args.resume:
         sys.exit(f"--resume goes on with the run of {path}; a new run takes another --out")

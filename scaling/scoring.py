@@ -94,11 +94,11 @@ def generate_answers(model, records, prompts, args, label):
         left = left[size:]
     if not isinstance(model, FSDPModule):  # What is spread needs all processes for a batch.
         batches = batches[RANK::PROCESSES]
+    how = dict(do_sample=False, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+    how.update(eos_token_id=prompts.stop, pad_token_id=prompts.end)
     answers = {}
     for batch in tqdm(batches, label, disable=RANK > 0):
         ids, mask = pad([torch.tensor(records[i].prompt_ids) for i in batch], "left", args.device)
-        how = dict(do_sample=False, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
-        how.update(eos_token_id=prompts.stop, pad_token_id=prompts.end)
         result = model.generate(input_ids=ids, attention_mask=mask, **how)
         for i, row in zip(batch, result[:, ids.shape[1] :].tolist()):
             answers[i] = prompts.decode(row)

@@ -76,4 +76,5 @@ def test_disabling_survives_an_error():
     model = adapted(Toy())
     with pytest.raises(ZeroDivisionError), hyplora.disable_hyplora(model):
         raise ZeroDivisionError
+    assert all(layer.enabled for layer in hyplora.hyplora_layers(model).values())
     assert not torch.equal(model(IDS), Toy()(IDS))

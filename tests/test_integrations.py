@@ -21,6 +21,7 @@ from test_hyplora import adapted
 torch.set_num_threads(1)
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def mlp(dtype=torch.float32):
@@ -107,9 +108,6 @@ def test_adapters_learn_on_torchaos_weight_only_int8():
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     hyplora.inject_hyplora(model, "all-linear", rank=4)
     train(model, lambda model: (model(X) - X).square().mean())
-
-
-NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 @pytest.mark.parametrize("options", [NF4, dict(load_in_8bit=True)], ids=["4 bit", "8 bit"])
@@ -224,16 +222,14 @@ def in_fsdp2(model, x, train):
     exec(snippet, {"model": model, "x": x, "train": train})
 
 
-CASES = [(in_ddp, torch.float32), (in_fsdp2, torch.float32), (in_fsdp2, torch.bfloat16)]
-
-
 def check_training(rank, path):
     """Both processes, each with half of the batch, end with the adapters of one.
 
     Sums are taken in another order: hence the tolerances.
     """
     os.chdir(path)
-    for program, dtype in CASES:
+    cases = [(in_ddp, torch.float32), (in_fsdp2, torch.float32), (in_fsdp2, torch.bfloat16)]
+    for program, dtype in cases:
         x = X.to(dtype)
         one = nn.Sequential(OrderedDict(layers=mlp(dtype)))
         bare, two = copy.deepcopy(one), copy.deepcopy(one)

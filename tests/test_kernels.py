@@ -117,7 +117,7 @@ def test_an_ill_conditioned_B_loses_no_digits():
     check_errors(layer, x)
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:overflow")  # The interpreter warns of it.
 @pytest.mark.parametrize("gain", [1e-10, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("K, bound", [(1e-6, 12.0), (1e6, 12.0), (1e6, 0.3)])
 def test_each_token_is_right_to_six_digits(K, bound, gain, monkeypatch):
@@ -199,17 +199,19 @@ def test_autocast():
     layer.lora_B.data *= 1e5  # Now BAx is beyond what float16 has.
     x = 2 * randn(5, 24, seed=3)
     exact = run(copy.deepcopy(layer).double(), x)
-    with torch.autocast(DEVICE, torch.float16):
-        result = run(with_kernels(layer), x)
-        assert with_kernels(layer)(x).dtype == torch.float16
-    for name in exact:
-        assert error(result[name], exact[name]) < 0.02, name
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            result = run(with_kernels(layer), x)
+            assert with_kernels(layer)(x).dtype == dtype
+        for name in exact:
+            assert error(result[name], exact[name]) < 0.02, (dtype, name)
 
 
 def test_only_the_class_of_our_own_layers_changes_and_an_adapter_lives_on(tmp_path):
     model, base, x = adapted(mlp()).to(DEVICE), mlp().to(DEVICE), randn(5, 16)
-    plain = model(x)
+    plain, names = model(x), list(model.state_dict())
     assert use_kernels(model) == use_kernels(model) == ["0", "2"]
+    assert list(model.state_dict()) == names
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(same[0]) is KernelHypLoRALinear
         assert torch.allclose(same(x), plain, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from hyplora import HypLoRALinear, expmap0, hyplora_reference, hyplora_update, llr, logmap0
-from test_hyplora import A, B, X, close, norm, randn, textbook_expmap0
+from test_hyplora import A, B, X, adapted, close, norm, randn, textbook_expmap0
 
 
 @pytest.mark.parametrize("dtype, last", [(torch.float32, 88), (torch.float64, 700)], ids=str)
@@ -97,6 +97,13 @@ def test_in_float16_the_layer_is_right_until_its_own_output_overflows():
     error = (out.double() - want).abs() / norm(want)
     assert (error[fits] < 5e-3).all() and fits.float().mean() > 0.8
     assert not out[want.abs() > 66000].isfinite().any()
+
+
+def test_the_output_may_be_changed_in_place():
+    layer, x = adapted(nn.Sequential(nn.Linear(7, 7)))[0], X.float()
+    (want,) = torch.autograd.grad((2.0 * layer(x) + x).relu().sum(), layer.lora_A)
+    (got,) = torch.autograd.grad(layer(x).mul_(2.0).add_(x).relu_().sum(), layer.lora_A)
+    assert torch.equal(got, want) and want.norm() > 0
 
 
 def test_under_autocast_the_lengths_are_still_in_float32():

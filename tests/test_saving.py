@@ -159,18 +159,13 @@ def test_tensors_that_do_not_fit(path, name):
         refused(path, f"{name} is only in the model")
 
 
-OPTIONS = {
-    "'x'": lambda options: options.update(x=1),
-    "options must be within.*'alpha': -1": lambda options: options.update(alpha=-1),
-    "could not convert string to float: 'flat'": lambda options: options.update(curvature="flat"),
-}
-
-
 def test_options_that_are_unknown_or_out_of_range(path):
     whole = path.read_bytes()
-    for message, change in OPTIONS.items():
+    changes = {"'x'": dict(x=1), "options must be within.*'alpha': -1": dict(alpha=-1)}
+    changes["could not convert string to float: 'flat'"] = dict(curvature="flat")
+    for message, change in changes.items():
         path.write_bytes(whole)
-        edit(path, lambda content: change(content["layers"]["blocks.1.q_proj"]))
+        edit(path, lambda content: content["layers"]["blocks.1.q_proj"].update(change))
         model, before = Toy(), snapshot(Toy())
         with pytest.raises(ValueError, match=message):
             load_hyplora(model, path)

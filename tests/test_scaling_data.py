@@ -295,7 +295,7 @@ def test_predictions_and_a_saved_adapter_that_knows_how_it_was_trained(tmp_path)
     other = write_folder(tmp_path / "other", seed=1)
     refused = {"was trained with --template alpaca: leave it out": ["--template", "chat"]}
     refused["was trained on another base"] = ["--checkpoint", other]
-    refused["^2$"] = ["--predictions", sums]
+    refused["^2$"] = ["--predictions", f"{folder}/../SVAMP.json"]  # This is the file sums.
     files = [Path(path).read_bytes() for path in (said, sums)]
     for message, more in refused.items():
         with pytest.raises(SystemExit, match=message):

@@ -20,6 +20,8 @@ from scaling import finetune, training
 from scaling.data import ALPACA, Record
 
 ROOT = Path(__file__).parent.parent
+WRONG = "steps 0, epochs -1, beams 0, cutoff 1, warmup-steps -1, lr nan, dropout 1, shard"
+WRONG += ", targets query, targets lm_head, predictions p, score-only a --eval b"
 torch.set_num_threads(1)
 
 
@@ -172,13 +174,14 @@ def test_a_folder_belongs_to_one_run_and_resuming_needs_the_same(tmp_path, monke
     with pytest.raises(SystemExit, match="a new run takes another --out"):
         finetune.main(argv)
     other = write_folder(tmp_path / "other", seed=1, chat_template=dated)
-    changes = {"base": ["--checkpoint", other], "bound": [], "recipe": ["--recipe", "paper"]}
-    wrong = "--alpha 3 --cutoff 9 --dropout 0.1 --loss-on all --lr 1 --rank 2 --seed 1"
-    changes["alpha', 'cutoff', 'dropout', 'loss_on', 'lr', 'rank', 'seed"] = wrong.split()
+    changes = {"lr": "--lr 1e-3", "base": f"--checkpoint {other}", "bound": ""}
+    names = "alpha', 'cutoff', 'dropout', 'loss_on', 'rank', 'seed', 'targets', 'template', 'recipe"
+    changes[names] = "--recipe paper --alpha 3"
     for name, more in changes.items():
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"'{name}'.* changed"):
+        message = rf"can't be resumed, as \['{name}'\] changed"
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
             patch.setattr("hyplora.MAX_RADIUS", 4.0 if name == "bound" else 12.0)
-            finetune.main([*argv, "--resume", *more])
+            finetune.main([*argv, "--resume", *more.split()])
     finetune.main([*argv, "--resume"])
     assert "going on from step 2" in capsys.readouterr().out
     write_sums(tmp_path / "sums.json", first=3)
@@ -194,14 +197,11 @@ def test_what_cannot_be_written_is_found_before_the_training(llama, tmp_path, mo
             finetune.main(options(llama, tmp_path, out, *more))
 
 
-WRONG = "steps 0, epochs -1, beams 0, cutoff 1, warmup-steps -1, lr nan, dropout 1, shard"
-WRONG += ", targets query, targets lm_head, predictions p, score-only a --eval b"
-
-
 @pytest.mark.parametrize("wrong", WRONG.split(", "))
 def test_a_wrong_option_is_found_before_anything_is_scored(wrong, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "score", lambda *arguments: pytest.fail("too late"))
-    with pytest.raises((SystemExit, ValueError), match=r"^2$|'query'|lm_head.*names no|<= dropout"):
+    message = r"^2$|got \['query'\]|lm_head.*names no|<= dropout"
+    with pytest.raises((SystemExit, ValueError), match=message):
         finetune.main(options(llama, tmp_path, "out", *f"--{wrong}".split()))
     assert not (tmp_path / "out/options.json").exists()
 

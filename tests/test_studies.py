@@ -110,16 +110,14 @@ def test_norms_are_put_beside_how_often_their_tokens_occur():
     assert list(found) == [(0, 1), pytest.approx((1, 10)), pytest.approx((10, 100))]
 
 
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8], [9, 7, 9, 3]]
-
-
 def test_other_tokens_lose_the_meaning_of_a_prompt_and_nothing_else():
-    shuffled = nulls.shuffled_prompts(PROMPTS, 10, generator())
-    assert [len(prompt) for prompt in shuffled] == [5, 7, 4] and shuffled != PROMPTS
-    assert sorted(itertools.chain(*shuffled)) == sorted(itertools.chain(*PROMPTS))
-    drawn = nulls.random_tokens(PROMPTS, 1000, generator())
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8], [9, 7, 9, 3]]
+    shuffled = nulls.shuffled_prompts(prompts, 10, generator())
+    assert [len(prompt) for prompt in shuffled] == [5, 7, 4] and shuffled != prompts
+    assert sorted(itertools.chain(*shuffled)) == sorted(itertools.chain(*prompts))
+    drawn = nulls.random_tokens(prompts, 1000, generator())
     assert 100 < max(itertools.chain(*drawn)) < 1000
-    for old, new in zip(PROMPTS, drawn):
+    for old, new in zip(prompts, drawn):
         assert [old.index(token) for token in old] == [new.index(token) for token in new]
 
 

@@ -56,6 +56,8 @@ def test_a_model_from_the_meta_device_is_whole_or_loading_says_what_is_missing()
     assert torch.equal(model.body.lora_A, trained.body.lora_A)
     model.body.reset_parameters()
     assert model.body.lora_B.abs().max() == 0 and model.body.K.item() == pytest.approx(4)
+    got = torch.func.functional_call(model, trained.state_dict(), (ROWS,))
+    assert torch.equal(got, trained(ROWS)) and not torch.equal(got, model(ROWS))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -60,11 +60,8 @@ def test_answers_are_scored_by_all_three_digits():
     assert train_minimal.percent_right(Half(), sums) == 50
 
 
-SHORT = "--base-steps 8 --steps 6".split()
-
-
 def test_the_script_at_its_smallest(tmp_path, capsys):
-    argv = [*SHORT, "--seeds", "2", "--curvature", "0.5", "inf", "1e9"]
+    argv = "--base-steps 8 --steps 6 --seeds 2 --curvature 0.5 inf 1e9".split()
     rows = train_minimal.main([*argv, "--out", str(tmp_path / "out")])
     names = [row["adapter"] for row in rows]
     assert names[1:] == 2 * ["LoRA"] + 2 * ["HypLoRA 0.5"] + 2 * ["HypLoRA 1e+09"]
