@@ -116,6 +116,9 @@ CURVATURES = {
     "authors' simplified": 0.5,
 }
 AUTHORS = {"authors' hyplora": 128, "authors' simplified": 256}  # the alpha of their scripts
+# Where the search for a rate begins, in points of the grid from LoRA's best. These fail near it or
+# hardly learn, and failed runs can have a lowest point, too.
+START = {"HypLoRA, raw K = 0.5": -24, "HypLoRA, radius 4": -11, "authors' hyplora": 8}
 TIERS = {
     1: ["HypLoRA", "DoRA"],
     2: ["HypLoRA, own alpha", "HypLoRA, 1.0", "HypLoRA, raw K = 0.5", "HypLoRA, bound 4", *AUTHORS],
@@ -409,7 +412,7 @@ class Plan:
         """The settings of a method and of its control, if it has one, from LoRA's and its point."""
         setting = lora | dict(method=method, alpha=AUTHORS.get(method, lora["alpha"]))
         tune = self.tune_alpha if "own alpha" in method else self.tune
-        setting, point = await tune(setting, point)
+        setting, point = await tune(setting, point + START.get(method, 0))
         if method not in CURVATURES or method in AUTHORS:
             return [setting]
         rows = await self.rows_of(setting | {"rate": rate_of(point)}, TUNING_SEEDS)
