@@ -116,8 +116,7 @@ CURVATURES = {
     "authors' simplified": 0.5,
 }
 AUTHORS = {"authors' hyplora": 128, "authors' simplified": 256}  # the alpha of their scripts
-# Where the search for a rate begins, in points of the grid from LoRA's best. These fail near it or
-# hardly learn, and failed runs can have a lowest point, too.
+# Near LoRA's best rate these fail or hardly learn: so many points from it their search begins.
 START = {"HypLoRA, raw K = 0.5": -24, "HypLoRA, radius 4": -11, "authors' hyplora": 8}
 TIERS = {
     1: ["HypLoRA", "DoRA"],
@@ -142,8 +141,7 @@ class OtherLinear(hyplora.HypLoRALinear):
 
 def adapt(model, setting, inputs):
     """Add the adapters of a setting to a frozen model, in place."""
-    method = setting["method"]
-    alpha = setting["alpha"]
+    method, alpha = setting["method"], setting["alpha"]
     targets = ["down_proj"] if "down alone" in method else TARGETS
     if method not in CURVATURES:
         alphas = {name: alpha * factor for name, factor in setting["factors"].items()}
@@ -509,42 +507,41 @@ def print_tables(rows, path):
         report(f"Comparison: {model}, {task}, {steps} steps", body, path)
 
 
-def draw(path, points, xlabel, ylabel, near_lowest=False):
-    """A picture of points (title of a panel, label of a curve, x, y), with the means of y."""
+def draw(path, points, xlabel, ylabel, columns, highest=math.inf):
+    """Points (panel, curve, x, y) as curves of mean y. A panel ends at highest times its lowest."""
     panels = {}
     for title, label, x, y in points:
         panels.setdefault(title, {}).setdefault(label, {}).setdefault(x, []).append(y)
-    n = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(n, 2, figsize=(12, 4 * n), squeeze=False, layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, sorted(panels.items())):
+    n = math.ceil(len(panels) / columns)
+    figure = plt.figure(figsize=(18, 14 * n / columns), layout="constrained")
+    for place, (title, curves) in enumerate(sorted(panels.items()), start=1):
+        axis = figure.add_subplot(n, columns, place)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.set_prop_cycle(color=plt.cm.tab20.colors)
         for label, curve in sorted(curves.items()):
             means = {x: statistics.mean(curve[x]) for x in sorted(curve)}
             axis.plot(list(means), list(means.values()), marker=".", label=label)
-        if near_lowest:
-            lowest = np.nanmin(np.concatenate([line.get_ydata() for line in axis.lines]))
-            axis.set_ylim(0.999 * lowest, 1.03 * lowest)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
+        lowest = np.nanmin(np.concatenate([line.get_ydata() for line in axis.lines]))
+        axis.set_ylim(0.999 * lowest, min(axis.get_ylim()[1], highest * lowest))
+        axis.legend()
+    figure.savefig(path, dpi=80)
 
 
 def draw_pictures(rows, folder):
     """The tuning curves, and phi by block after the tuning runs of HypLoRA."""
-    losses = []
-    phis = []
+    losses, phis = [], []
     for row in rows.values():
         title = f"{row['model']}, {row['task']}"
         if "validation" in row:
-            label = f"{row['method']}, alpha {row['alpha']}"
-            losses.append((title, label, math.log2(1000 * row["rate"]), row["validation"]))
+            _, control, method = row["method"].rpartition("control of ")
+            label = f"{control[:8]}alpha {row['alpha']}"
+            panel = f"{title}\n{method}"
+            losses.append((panel, label, math.log2(1000 * row["rate"]), row["validation"]))
         if row["method"] == "HypLoRA":
             for layer, phi in row.get("phi", {}).items():
                 block = int(re.search(r"\.(\d+)\.", layer)[1])
                 phis.append((title, layer.rpartition(".")[2], block, phi))
-    path = Path(folder, "comparison_rates.png")
-    draw(path, losses, "log2 of 1000 x rate", "mean validation loss", near_lowest=True)
-    draw(Path(folder, "comparison_phi.png"), phis, "block", "phi: median of tokens, mean of runs")
+    draw(f"{folder}/comparison_rates.png", losses, "log2 of 1000 x rate", "mean loss", 5, 1.1)
+    draw(f"{folder}/comparison_phi.png", phis, "block", "phi: median of tokens, mean of runs", 2)
 
 
 def main():
