@@ -13,9 +13,6 @@ BAx, and their radii r' are
 
     LoRA:  r' = g r                    HypLoRA:  sinh r' = g sinh r    (the law of sinh)
 
-With x = 1.4, BA = 0.5 and K = 1, LoRA's update is 0.5 * 1.4 = 0.70, and HypLoRA's is
-asinh(0.5 * sinh 1.4) = asinh(0.5 * 1.90) = 0.85.
-
 Usage:
 
     inject_hyplora(model, "all-linear", rank=8)        # freezes the model and adds the adapters
@@ -97,12 +94,12 @@ MAX_RADIUS = 12.0
 
 
 def hyplora_reference(x, A, B, K):
-    """The update as the paper writes it. Arguments: as in hyplora_update."""
+    """The update as the paper writes it, unbounded. Arguments: as in hyplora_update."""
     return logmap0(llr(expmap0(x, K), A, B, K), K)
 
 
 def hyplora_update(x, A, B, K, max_radius=None):
-    """The same update by the law of sinh: sinh r' = g sinh r.
+    """The same update up to max_radius, by the law of sinh: sinh r' = g sinh r.
 
     No step of hyplora_reference reads time, so follow space alone. In units of sqrt K, expmap0
     makes it sinh r long, llr multiplies that by g, and logmap0 takes the asinh. What remains is BAx
@@ -117,11 +114,11 @@ def hyplora_update(x, A, B, K, max_radius=None):
 
 
 def phi_of(x, lora, K, max_radius=None):
-    """phi = |update| / |BAx|, or its limit at B = 0: (..., 1). lora: BAx. (length would copy x.)"""
+    """phi = |update| / |BAx|, or its limit at B = 0: (..., 1). lora: BAx. (length() copies x.)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt() / K**0.5  # This is sqrt, but inf becomes NaN, and not far.
+    roots = squares / squares.sqrt() / K**0.5  # sqrt, but inf gives NaN, not a far token.
     r, lora_r = roots.clamp(min=1e-18).chunk(2, dim=-1)  # These are |x| and |BAx| over sqrt K.
     bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)
     return torch.asinh(lora_r / r * torch.sinh(bounded)) / lora_r  # sinh r' = g sinh r
@@ -151,13 +148,13 @@ class HypLoRALinear(nn.Module):
         if features_of(base) is None or hasattr(base, "lora_A"):
             raise TypeError(f"only a bare linear layer can be adapted, got {type(base).__name__}")
         self.options = dict(rank=int(rank), alpha=float(alpha), dropout=float(dropout))
-        self.options["curvature"] = float(curvature)
+        self.options["curvature"] = math.inf if float(curvature) > 1e24 else float(curvature)
         if not (rank >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1 and curvature >= 1e-12):
             ranges = "rank >= 1, 0 < alpha < inf, 0 <= dropout < 1, curvature >= 1e-12"
             raise ValueError(f"options must be within {ranges}, got {self.options}")
         self.in_features, self.out_features = features_of(base)
         self.scaling = alpha / rank
-        self.disabled = 0  # This is the number of disable_hyplora contexts that are open.
+        self.disabled = []  # Each open disable_hyplora has an entry: append and pop are atomic.
         device = next((t.device for t in [*base.parameters(), *base.buffers()]), None)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
@@ -172,7 +169,7 @@ class HypLoRALinear(nn.Module):
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             getattr(base, table).update(getattr(self, table))
             self.__dict__[table] = getattr(base, table)
-        self.train(base.training)
+        self.training = base.training
 
     def reset_parameters(self):
         """Make the adapter a fresh one, also after the layer was moved off the meta device."""
@@ -187,7 +184,7 @@ class HypLoRALinear(nn.Module):
         k = self.lora_K.full_tensor() if hasattr(self.lora_K, "full_tensor") else self.lora_K
         return self.options["curvature"] * widen(self.lora_unit) ** 2 * widen(k).exp()
 
-    enabled = property(lambda self: self.disabled == 0, doc="False within disable_hyplora.")
+    enabled = property(lambda self: not self.disabled, doc="False within disable_hyplora.")
 
     def forward(self, input, *args, **kwargs):
         """input: (..., in_features) -> (..., out_features). Further arguments reach the base."""
@@ -199,7 +196,7 @@ class HypLoRALinear(nn.Module):
             update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         else:
             update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
-        return torch.add(out, update.to(out.dtype), alpha=self.scaling)  # out + scaling * update
+        return torch.add(out, update, alpha=self.scaling).to(out.dtype)  # out + scaling * update
 
     def train(self, mode=True):
         self.base.train(mode)
@@ -245,11 +242,11 @@ def features_of(module):
 def find_linear_layers(model, targets):
     """The names of the linear layers that targets asks for. Raises what inject_hyplora raises."""
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if features_of(module)]
+    linears = [name for name, module in modules.items() if name and features_of(module)]
     if targets == "all-linear":
-        heads = {"lm_head", "embed_out", "head", "score", "classifier", "qa_outputs"}
+        last = set("lm_head head classification_head embed_out score classifier qa_outputs".split())
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [n for n in linears if heads.isdisjoint(n.split(".")) and modules[n] is not head]
+        names = [n for n in linears if last.isdisjoint(n.split(".")) and modules[n] is not head]
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]
@@ -264,7 +261,7 @@ def find_linear_layers(model, targets):
         raise ValueError(f"these can't be adapted, as their owner reads the weight alone: {unused}")
     if unused:
         warnings.warn(f"left out, as their owner reads the weight alone: {unused}", stacklevel=3)
-    if names == unused or "" in names:
+    if names == unused:
         raise ValueError("no layer within the model is left; HypLoRALinear(layer) wraps a lone one")
     return [name for name in names if name not in unused]
 
@@ -315,10 +312,12 @@ def hyplora_layers(model):
 
 
 def hyplora_parameters(model):
-    """What trains, as optimizer groups; lora_K has no weight decay. (Clip model.parameters().)"""
+    """What trains, as optimizer groups, lora_K undecayed. To clip, give model.parameters()."""
     if not hyplora_layers(model):
         raise ValueError("the model has no adapters: call inject_hyplora first")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.hyplora_version = -1  # It may change without torch's count, by fused optimizers.
     curvatures = [trained.pop(name) for name in list(trained) if name.endswith("lora_K")]
     groups = [{"params": [*trained.values()]}, {"params": curvatures, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -331,12 +330,12 @@ def disable_hyplora(model):
     belongs into the context, too."""
     layers = hyplora_layers(model).values()
     for layer in layers:
-        layer.disabled += 1
+        layer.disabled.append(True)
     try:
         yield model
     finally:
         for layer in layers:
-            layer.disabled -= 1
+            layer.disabled.pop()
 
 
 def remove_hyplora(model):
@@ -441,7 +440,7 @@ def set_hyplora_state_dict(model, tensors):
     """Copy what hyplora_state_dict returned into the model, and let what is no adapter train, too.
     Raises ValueError, with the model unchanged, if names, shapes or numbers do not fit."""
     own = hyplora_state_dict(model)  # This is detached, so that flags of adapters stay.
-    targets = {**dict(model.named_parameters()), **own}
+    targets = {n: p for n, p in model.named_parameters() if p.is_floating_point()} | own
     for name in {**own, **tensors}:
         if name not in tensors or name not in targets:
             raise ValueError(f"{name} is only in the {'tensors' if name in tensors else 'model'}")
@@ -460,8 +459,9 @@ def save_hyplora(model, path, tensors=None):
     frozen weights that are new or changed. Raises ValueError unless all is there and finite."""
     options = {name: layer.options for name, layer in hyplora_layers(model).items()}
     tensors = hyplora_state_dict(model) if tensors is None else tensors
-    finite = [name for name, t in tensors.items() if t.isfinite().all()]
-    if not options or finite != [*tensors] or sum("lora_" in n for n in finite) < 4 * len(options):
+    finite = [n for n, t in tensors.items() if not hasattr(t, "device_mesh") and t.isfinite().all()]
+    own = {f"{n}.lora_{k}".removeprefix(".") for n in options for k in ("A", "B", "K", "unit")}
+    if not options or finite != [*tensors] or not own <= tensors.keys():
         raise ValueError("there are no adapters to save, or they are not whole and finite")
     fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:

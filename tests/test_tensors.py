@@ -109,7 +109,7 @@ class LikeHQQ(nn.Module):
         self.in_features, self.out_features = 8, 6
         self.register_buffer("W_q", torch.arange(48).view(6, 8).to(torch.int8))
         self.register_buffer("cache", torch.ones(1), persistent=False)
-        self.norm = nn.BatchNorm1d(6, affine=False)
+        self.norm = nn.BatchNorm1d(6, affine=False).eval()  # It alone: the layer trains.
         self.meta = {"scale": torch.tensor(0.01)}
 
     def forward(self, x):
@@ -121,7 +121,7 @@ class LikeHQQ(nn.Module):
 
 
 def test_a_quantized_linear_keeps_its_buffers_its_children_and_what_only_state_dict_knows():
-    model = nn.Sequential(LikeHQQ()).eval()
+    model = nn.Sequential(LikeHQQ())
     want, names = model(ROWS), model.state_dict().keys()
     assert {"0.W_q", "0.scale", "0.norm.running_mean"} < names
     hyplora.inject_hyplora(model, "all-linear")
