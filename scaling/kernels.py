@@ -10,7 +10,7 @@ into that of BAx; the rest is LoRA's backward pass. |BAx| is read off BAx itself
 h = Ax loses its digits where B is ill-conditioned.
 
 They run for bfloat16, float16 and float32 on a GPU, also in CUDA graphs. The plain form runs for
-float64, on the CPU, and in what torch.compile or torch.export traces, without graph breaks.
+float64, on the CPU, under dispatch modes, and in what torch.compile or torch.export traces.
 """
 
 import torch
@@ -159,9 +159,8 @@ def add_update(layer, base, x, keep):
     x = x.contiguous()
     tokens = x.numel() // x.shape[-1]
     is_narrow = x.dtype != torch.float16 and (keep or tokens > 64)  # Few tokens are cheap to cast.
-    dtype = x.dtype if is_narrow else layer.lora_A.dtype
-    A = layer.lora_A.to(dtype)
-    B = layer.lora_B.to(dtype)
+    dtype = x.dtype if is_narrow else torch.promote_types(layer.lora_A.dtype, torch.float32)
+    A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
     h = F.linear(x.to(dtype), A)
     lora = F.linear(h, B)
     out = lora if dtype == base.dtype else torch.empty_like(lora, dtype=base.dtype)
@@ -220,14 +219,15 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
         if self.runs_in_kernels(out, x):
             return without_autocast(self.add_update, out, x)
         update = hyplora.hyplora_update(x, self.lora_A, self.lora_B, self.K)
-        return torch.add(out, update, alpha=self.scaling)
+        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
 
     def runs_in_kernels(self, out, x):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         is_plain = type(x) is type(out) is torch.Tensor and type(self.lora_A) is torch.nn.Parameter
-        fits = x.dtype != torch.float64 and x.numel() > 0 and out.numel() > 0
-        return is_plain and fits and (x.is_cuda or IS_INTERPRETED)
+        fits = x.dtype != torch.float64 and out.shape == (*x.shape[:-1], len(self.lora_B))
+        is_seen = torch._C._len_torch_dispatch_stack() > 0  # by selective checkpointing, say
+        return is_plain and fits and x.numel() > 0 and not is_seen and (x.is_cuda or IS_INTERPRETED)
 
     def add_update(self, out, x):
         if not torch.is_grad_enabled():

@@ -4,12 +4,14 @@ to be chosen before the kernels are imported."""
 import copy
 import math
 import pickle
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
 
@@ -98,7 +100,10 @@ def test_errors_are_no_larger_than_the_plain_forms(dtype):
             x = radius * math.sqrt(2) * randn(2, 3, sizes[0], seed=3)
             check_errors(make_layer(*sizes, dtype), x.to(dtype))
     # Above 64 tokens without a backward pass, the products are in the dtype of x.
-    check_errors(make_layer(24, 20, 4, dtype), (2 * randn(65, 24, seed=3)).to(dtype))
+    layer = make_layer(24, 20, 4, dtype)
+    check_errors(layer, (2 * randn(65, 24, seed=3)).to(dtype))
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.half(), 1e5 * layer.lora_B.bfloat16()
+    check_errors(layer, (2 * randn(5, 24, seed=3)).to(dtype))
 
 
 def test_an_ill_conditioned_B_loses_no_digits():
@@ -173,16 +178,29 @@ def test_a_step_is_two_launches_and_a_frozen_x_gets_no_gradient(launch):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
-def test_the_plain_form_runs_for_float64_and_for_what_is_compiled(launch):
+def test_the_plain_form_runs_for_float64_for_dispatch_modes_and_for_what_is_compiled(launch):
     layer, x = with_kernels(make_layer(8, 6, 2)), randn(4, 8)
     eager = layer(x)
     assert launch.call_count == 1
     assert torch.allclose(copy.deepcopy(layer).double()(x.double()).float(), eager, atol=1e-5)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), eager, atol=1e-5)
+    save = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    checkpoint(layer, x, use_reentrant=False, context_fn=save).sum().backward()
+    half = with_kernels(make_layer(8, 6, 2, torch.float16))
+    assert torch.compile(half, backend="eager")(x.half()).dtype == torch.float16
     if DEVICE == "cuda":
         copy.deepcopy(layer).cpu()(x.cpu())
     assert launch.call_count == 1
+
+
+def test_a_base_with_an_output_for_one_token_adds_it_to_all_as_in_the_plain_form():
+    class First(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[:1])
+
+    layer = HypLoRALinear(First(8, 6, device=DEVICE))
+    assert torch.equal(with_kernels(layer)(randn(4, 8)), layer(randn(4, 8)))
 
 
 def test_dropout_drops_what_it_drops_in_the_plain_form():
