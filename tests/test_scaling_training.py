@@ -240,8 +240,8 @@ finetune.main([*stopped, "--resume"])
 
 args = finetune.parse_arguments(stopped)
 model = finetune.place(finetune.load_base(args), args)
-share = sum(p.to_local().numel() for p in model.parameters())
-print("share", share, sum(p.numel() for p in model.parameters()), flush=True)
+sizes = zip(*[(p.to_local().numel(), p.numel()) for p in model.parameters()])
+sys.stdout.write("share {} {}\\n".format(*map(sum, sizes)))  # in one write: there are two writers
 """
 
 
