@@ -118,7 +118,7 @@ def phi_of(x, lora, K, max_radius=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = [v.square().sum(dim=-1, keepdim=True, dtype=wide) for v in (x, lora)]
     squares = torch.cat(squares, dim=-1).clamp(min=torch.finfo(wide).tiny)
-    roots = squares / squares.sqrt() / K**0.5  # sqrt, but inf gives NaN, not a far token.
+    roots = squares / squares.sqrt() / K**0.5  # This is sqrt, but inf gives NaN.
     r, lora_r = roots.clamp(min=1e-18).chunk(2, dim=-1)  # These are |x| and |BAx| over sqrt K.
     bounded = r.clamp(max=MAX_RADIUS if max_radius is None else max_radius)
     return torch.asinh(lora_r / r * torch.sinh(bounded)) / lora_r  # sinh r' = g sinh r
@@ -244,9 +244,9 @@ def find_linear_layers(model, targets):
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if name and features_of(module)]
     if targets == "all-linear":
-        last = set("lm_head head classification_head embed_out score classifier qa_outputs".split())
+        heads = {*"lm_head head classification_head embed_out score classifier qa_outputs".split()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [n for n in linears if last.isdisjoint(n.split(".")) and modules[n] is not head]
+        names = [n for n in linears if heads.isdisjoint(n.split(".")) and modules[n] is not head]
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]

@@ -93,8 +93,8 @@ class HypLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1e-12 <= self.curvature < float("inf"):
-            raise ValueError(f"curvature must be finite and at least 1e-12, got {self.curvature}")
+        if not 1e-12 <= self.curvature <= 1e24:  # Beyond this K would overflow.
+            raise ValueError(f"curvature must be within 1e-12 to 1e24, got {self.curvature}")
         self._register_custom_module({nn.Module: HypLoRAPeftLinear})
 
     @classmethod

@@ -68,7 +68,7 @@ class AdaHypLoRALinear(HypLoRALinear):
             return out
         x = F.dropout(x.to(out.dtype), self.options["dropout"], self.training)
         update = hyplora_update(x, self.lora_E * self.lora_A, self.lora_B, self.K)
-        return torch.add(out, update.to(out.dtype), alpha=self.scaling)
+        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
 
 
 def ada_layers(model):

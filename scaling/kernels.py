@@ -226,7 +226,7 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
             return False
         is_plain = type(x) is type(out) is torch.Tensor and type(self.lora_A) is torch.nn.Parameter
         fits = x.dtype != torch.float64 and out.shape == (*x.shape[:-1], len(self.lora_B))
-        is_seen = torch._C._len_torch_dispatch_stack() > 0  # by selective checkpointing, say
+        is_seen = torch._C._len_torch_dispatch_stack() > 0  # A mode does not see a kernel.
         return is_plain and fits and x.numel() > 0 and not is_seen and (x.is_cuda or IS_INTERPRETED)
 
     def add_update(self, out, x):

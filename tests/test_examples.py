@@ -163,6 +163,7 @@ def test_the_variant_in_peft_is_one_of_two_adapters_and_loads_by_its_own_config(
     model.save_pretrained(tmp_path)
     first, base = logits_of(model), logits_of(variant.small_model().eval())
     model.add_adapter("other", variant.HypLoRAConfig(r=2, target_modules=["q_proj"]))
+    pytest.raises(ValueError, variant.HypLoRAConfig, curvature=1e37)  # K would be infinite.
     model.set_adapter("other")
     assert torch.equal(logits_of(model), base) and not torch.equal(first, base)
     model.set_adapter("default")

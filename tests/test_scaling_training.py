@@ -241,7 +241,7 @@ finetune.main([*stopped, "--resume"])
 args = finetune.parse_arguments(stopped)
 model = finetune.place(finetune.load_base(args), args)
 sizes = zip(*[(p.to_local().numel(), p.numel()) for p in model.parameters()])
-sys.stdout.write("share {} {}\\n".format(*map(sum, sizes)))  # in one write: there are two writers
+sys.stdout.write("share {} {}\\n".format(*map(sum, sizes)))  # Two processes write.
 """
 
 
