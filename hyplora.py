@@ -162,9 +162,8 @@ class HypLoRALinear(nn.Module):
         self.lora_K.requires_grad_(self.options["curvature"] < math.inf)
         self.register_buffer("lora_unit", torch.empty(1, device=device))
         self.reset_parameters()
-        # As far as tensors go, the layer is its base: both use the same tables of parameters,
-        # buffers and children, so that the weight keeps its name and lora_A stands beside it. The
-        # base itself goes past __setattr__, which would make it a child with names of its own.
+        # Layer and base share their tables of parameters, buffers and children, so that the weight
+        # keeps its name. The base is set past __setattr__, which would make it a child once more.
         self.__dict__["base"] = base
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             getattr(base, table).update(getattr(self, table))
@@ -192,11 +191,15 @@ class HypLoRALinear(nn.Module):
         if not self.enabled:
             return out
         x = F.dropout(input.to(out.dtype), self.options["dropout"], self.training)
+        return self.add_update(out, x)
+
+    def add_update(self, out, x):
+        """out + scaling * update, in the dtype that out and x share. A variant overrides this."""
         if self.options["curvature"] == math.inf:
             update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         else:
             update = hyplora_update(x, self.lora_A, self.lora_B, self.K)
-        return torch.add(out, update, alpha=self.scaling).to(out.dtype)  # out + scaling * update
+        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
 
     def train(self, mode=True):
         self.base.train(mode)
@@ -326,8 +329,7 @@ def hyplora_parameters(model):
 @contextlib.contextmanager
 def disable_hyplora(model):
     """Within this context, for all threads, the model is its frozen base, bit for bit. Contexts may
-    overlap; a copy made within stays off. Where checkpointing repeats a forward pass, backward()
-    belongs into the context, too."""
+    overlap; a copy made within stays off. With checkpointing, call backward() within it, too."""
     layers = hyplora_layers(model).values()
     for layer in layers:
         layer.disabled.append(True)
@@ -385,12 +387,11 @@ def measure_tokens(model, args, kwargs):
 
 def calibrate_curvature(model, *args, **kwargs):
     """Set each layer's lora_unit to the length of a typical token, before training: the median of
-    |x|. (A mean would be ruled by attention sinks, hundreds of times as long as other tokens.)
-    model(*args, **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor
-    does padding, where a keyword attention_mask of the tokens' shape is 0. In torch.distributed,
-    all processes call this and get the units of the first. Returns {name: K} of layers that saw a
-    token, and warns of others. Raises ValueError, with no unit changed, if none did, or if a length
-    is not finite."""
+    |x|. (A mean would be ruled by attention sinks, hundreds of times as long.) model(*args,
+    **kwargs) runs once, as the base and in eval mode. Zero vectors do not count, nor does padding,
+    where a keyword attention_mask of the tokens' shape is 0. In torch.distributed, all processes
+    call this and get the units of the first. Returns {name: K} of layers that saw a token, and
+    warns of others. Raises ValueError, and changes no unit, if none did or a length is infinite."""
     with disable_hyplora(model):
         rows = measure_tokens(model, args, kwargs)
     infinite = [name for name, tokens in rows.items() if not tokens[:, 0].isfinite().all()]
@@ -478,7 +479,6 @@ def save_hyplora(model, path, tensors=None):
 
 def load_hyplora(model, path):
     """Read what save_hyplora wrote, and return the names of the adapted layers.
-
     A bare model is injected as the file says; an adapted one must have the file's layers. Raises
     OSError if path can't be read, ValueError if it doesn't fit; the model is unchanged then."""
     with open(path, "rb") as file:

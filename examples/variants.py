@@ -62,11 +62,7 @@ class AdaHypLoRALinear(HypLoRALinear):
         nn.init.normal_(self.lora_B, std=0.02)
         self.lora_E = nn.Parameter(torch.zeros(len(self.lora_A), 1, device=self.lora_A.device))
 
-    def forward(self, x):
-        out = self.base(x)
-        if not self.enabled:
-            return out
-        x = F.dropout(x.to(out.dtype), self.options["dropout"], self.training)
+    def add_update(self, out, x):
         update = hyplora_update(x, self.lora_E * self.lora_A, self.lora_B, self.K)
         return torch.add(out, update, alpha=self.scaling).to(out.dtype)
 

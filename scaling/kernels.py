@@ -154,7 +154,7 @@ def without_autocast(function, first, last):
     return function(first, last)
 
 
-def add_update(layer, base, x, keep):
+def run_forward(layer, base, x, keep):
     """(base + scaling * update, what the backward pass needs where keep is True)"""
     x = x.contiguous()
     tokens = x.numel() // x.shape[-1]
@@ -176,7 +176,7 @@ class AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer, A, B, lora_K, base, x):
-        out, saved = add_update(layer, base, x, keep=True)
+        out, saved = run_forward(layer, base, x, keep=True)
         ctx.save_for_backward(*saved)
         return out
 
@@ -209,17 +209,10 @@ class AddUpdate(torch.autograd.Function):
 class KernelHypLoRALinear(hyplora.HypLoRALinear):
     """HypLoRALinear, with the update in kernels wherever they run."""
 
-    def forward(self, input, *args, **kwargs):
-        out = self.base(input, *args, **kwargs)
-        if not self.enabled:
-            return out
-        x = input.to(out.dtype)
-        if self.training:
-            x = F.dropout(x, self.options["dropout"])
+    def add_update(self, out, x):
         if self.runs_in_kernels(out, x):
-            return without_autocast(self.add_update, out, x)
-        update = hyplora.hyplora_update(x, self.lora_A, self.lora_B, self.K)
-        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
+            return without_autocast(self.add_in_kernels, out, x)
+        return super().add_update(out, x)
 
     def runs_in_kernels(self, out, x):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -229,9 +222,9 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
         is_seen = torch._C._len_torch_dispatch_stack() > 0  # A mode does not see a kernel.
         return is_plain and fits and x.numel() > 0 and not is_seen and (x.is_cuda or IS_INTERPRETED)
 
-    def add_update(self, out, x):
+    def add_in_kernels(self, out, x):
         if not torch.is_grad_enabled():
-            return add_update(self, out, x, keep=False)[0]
+            return run_forward(self, out, x, keep=False)[0]
         return AddUpdate.apply(self, self.lora_A, self.lora_B, self.lora_K, out, x)
 
 
@@ -242,7 +235,7 @@ def use_kernels(model):
     """
     if torch.cuda.is_available():
         x = torch.ones(1, 16, device="cuda")
-        launch(backward_kernel, 1, x, x.clone(), x, None, x[0], x, 16, 16)
+        backward_kernel[(1,)](x, x.clone(), x, None, x[0], x, 16, 16)
     layers = hyplora.hyplora_layers(model)
     for layer in layers.values():
         if type(layer) is hyplora.HypLoRALinear and layer.options["curvature"] < float("inf"):
