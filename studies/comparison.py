@@ -112,6 +112,8 @@ CURVATURES = {
     "HypLoRA, radius 4": 1 / 16,
     "HypLoRA, down alone, radius 1": 1.0,
     "HypLoRA, down alone, radius 2": 1 / 4,
+    "HypLoRA, down alone, radius 1, bound 4": 1.0,
+    "HypLoRA, down alone, radius 2, bound 4": 1 / 4,
     "authors' hyplora": 1.0,
     "authors' simplified": 0.5,
 }
@@ -126,16 +128,15 @@ TIERS = {
 TIER_OF = {"LoRA": 1}
 for tier, methods in TIERS.items():
     TIER_OF |= {name: tier for method in methods for name in (method, f"control of {method}")}
-COMPARISONS = {1: 28, 2: 56, 3: 15}  # with LoRA and with controls, as many as a tier has when done
+COMPARISONS = {1: 28, 2: 56, 3: 21}  # with LoRA and with controls, as many as a tier has when done
 
 
 class OtherLinear(hyplora.HypLoRALinear):
     """A layer with another update. The parameter k of the authors' layers is curvature + lora_K."""
 
-    def forward(self, input):
-        out = self.base(input)
+    def add_update(self, out, x):
         k = self.options["curvature"] + self.lora_K if self.is_authors else self.K
-        update = self.update(input.float(), self.lora_A, self.lora_B, k)
+        update = self.update(x.float(), self.lora_A, self.lora_B, k)
         return out + (self.scaling * update).to(out.dtype)
 
 
@@ -192,8 +193,7 @@ def load(model):
 
 def collate(rows):
     """[(prompt ids, answer ids)] -> ids and labels, both (N, T). A label is the next token if that
-    is one of the answer, else IGNORE. Rows end in padding, which no token looks at.
-    """
+    is one of the answer, else IGNORE. Rows end in padding, which no token looks at."""
     ids = pad_sequence([torch.tensor(p + a) for p, a in rows], batch_first=True)
     labels = torch.full_like(ids, IGNORE)
     for row, (prompt, answer) in zip(labels, rows):
@@ -208,8 +208,7 @@ def places_of(labels):
 
 def draw_batches(rows, steps, seed):
     """The batches of a run, all of one size. An epoch has each row once. Places end in padding: 0,
-    where a prompt begins and no label is.
-    """
+    where a prompt begins and no label is."""
     draw = random.Random(seed)
     epochs = math.ceil(BATCH * steps / len(rows))
     order = [row for _ in range(epochs) for row in draw.sample(rows, len(rows))]
@@ -385,8 +384,7 @@ class Plan:
 
     async def tune(self, setting, point):
         """(the setting with its rate, the best point of the grid). The rate is where a parabola
-        through the losses of that point and its two neighbours is lowest. point: a first guess.
-        """
+        through the losses of that point and its two neighbours is lowest. point: a first guess."""
         losses = [self.tuning_loss(setting, point + shift) for shift in (-1, 0, 1)]
         low, middle, high = await asyncio.gather(*losses)
         if min(low, high) < middle:
@@ -397,8 +395,7 @@ class Plan:
 
     async def tune_alpha(self, setting, point=2):
         """What tune returns, at the best alpha. Twice the alpha is tried at a rate that is smaller
-        by the square root of 2, up to 8 times.
-        """
+        by the square root of 2, up to 8 times."""
         settings = [setting | {"alpha": ALPHA * 2**doublings} for doublings in range(4)]
         _, point = await self.tune(settings[0], point)
         tried = [self.tuning_loss(other, point - i) for i, other in enumerate(settings)]
@@ -561,8 +558,10 @@ def main():
         rows = read_rows(args.table)
         print_tables(rows, args.results)
         draw_pictures(rows, args.assets)
-        return
-    asyncio.run(Plan(args).run())
+    elif args.models and args.data and args.out:
+        asyncio.run(Plan(args).run())
+    else:
+        parser.error("runs need --models, --data and --out, and tables need --table")
 
 
 if __name__ == "__main__":
