@@ -222,13 +222,12 @@ class HypLoRALinear(nn.Module):
 def inject_hyplora(model, targets, **layer_options):
     """Freeze the model and wrap the linear layers that targets names, in place.
 
-    targets: "all-linear" (every linear layer but the output head), or a list of name endings such
-    as ["q_proj", "v_proj"]. layer_options: those of HypLoRALinear. Returns the adapted names. Adapt
-    the model before it is compiled, sharded or in DDP. Afterwards, switch on what else shall train,
-    such as a new head: model.classifier.requires_grad_(True). It is saved with the adapters. Raises
-    ValueError or TypeError, with the model unchanged, if an ending matches no linear layer, if the
-    model is adapted, sharded or in DDP already, or if an option is out of range.
-    """
+    targets: "all-linear" (every linear layer but the output head, and no block around such), or a
+    list of name endings such as ["q_proj", "v_proj"]. layer_options: those of HypLoRALinear. Adapt
+    the model before compiling, sharding or DDP. Afterwards, switch on what else shall train, such
+    as a new head: model.classifier.requires_grad_(True). It is saved, too. Returns adapted names.
+    Raises ValueError or TypeError, with the model unchanged, if an ending matches no linear layer,
+    if the model is adapted, sharded or in DDP already, or if an option is out of range."""
     names = find_linear_layers(model, targets)
     wrap_layers(model, {name: layer_options for name in names})
     return names
@@ -250,6 +249,7 @@ def find_linear_layers(model, targets):
         heads = {*"lm_head head classification_head embed_out score classifier qa_outputs".split()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = [n for n in linears if heads.isdisjoint(n.split(".")) and modules[n] is not head]
+        names = [n for n in names if not any(map(features_of, [*modules[n].modules()][1:]))]
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]

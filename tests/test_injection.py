@@ -14,9 +14,9 @@ def test_all_linear_leaves_out_the_head_that_a_model_declares():
     model = Toy()
     model.decoder = model.classifier
     del model.classifier
-    model.in_features = model.out_features = 8  # No model is a layer of itself.
+    for block in (model, model.blocks):  # It is the layers within these that count.
+        block.in_features = block.out_features = 8
     model.get_output_embeddings = lambda: model.decoder
-    # These are known by their names.
     names = "lm_head embed_out head classification_head score qa_outputs".split()
     model.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 2)) for name in names})
     assert hyplora.inject_hyplora(model, "all-linear") == QV
