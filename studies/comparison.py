@@ -510,7 +510,7 @@ def draw(path, points, xlabel, ylabel, columns, highest=math.inf):
     for title, label, x, y in points:
         panels.setdefault(title, {}).setdefault(label, {}).setdefault(x, []).append(y)
     n = math.ceil(len(panels) / columns)
-    figure = plt.figure(figsize=(18, 14 * n / columns), layout="constrained")
+    figure = plt.figure(figsize=(20, 14 * n / columns), layout="constrained")
     for place, (title, curves) in enumerate(sorted(panels.items()), start=1):
         axis = figure.add_subplot(n, columns, place)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
