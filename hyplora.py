@@ -89,7 +89,7 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
-# As sinh overflows, a token of a larger radius is treated as if it lay there, as by the authors.
+# A token of a larger radius counts as if it lay there, as by the authors. sinh overflows at 89.
 MAX_RADIUS = 12.0
 
 
@@ -233,11 +233,11 @@ def inject_hyplora(model, targets, **layer_options):
     return names
 
 
-# That was the method. The rest of this section is what inject_hyplora calls.
+# That was the method. The rest of this section finds and wraps layers for inject_hyplora.
 def features_of(module):
     """(in_features, out_features) of anything that acts as a linear layer, or None."""
-    d_in = getattr(module, "in_features", getattr(module, "nx", None))  # nx and nf are those of
-    d_out = getattr(module, "out_features", getattr(module, "nf", None))  # transformers' Conv1D.
+    d_in = getattr(module, "in_features", getattr(module, "nx", None))
+    d_out = getattr(module, "out_features", getattr(module, "nf", None))  # Conv1D has nx and nf.
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
@@ -358,8 +358,8 @@ def measure_tokens(model, args, kwargs):
     seen = {}
     mask = kwargs.get("attention_mask")
 
-    def look(layer, args, kwargs):
-        x = widen([*args, *kwargs.values()][0])
+    def look(layer, inputs, named):
+        x = widen([*inputs, *named.values()][0])
         counts = (x != 0).any(dim=-1)
         if torch.is_tensor(mask) and counts.shape in (mask.shape, mask.flatten().shape):
             counts = counts & (mask.to(x.device).reshape(counts.shape) > 0)

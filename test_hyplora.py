@@ -273,7 +273,7 @@ def test_consequence_7_there_are_as_many_parameters_as_in_lora_and_one_more(curv
     assert counts == [(7 + 6) * 3, extra][: 1 + extra]
 
 
-def test_consequence_8_no_matrix_does_what_the_adapter_does():
+def test_consequence_7_no_matrix_does_what_the_adapter_does():
     update = hyplora_update(X, A, B, 0.5)
     assert (hyplora_update(2 * X, A, B, 0.5) - 2 * update).norm() > 0.1 * update.norm()
 

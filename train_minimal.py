@@ -202,7 +202,7 @@ def what_it_did(name, measured):
     layers = [layer for seed in measured for layer in seed.values()]
     phi = statistics.mean(layer["phi"] for layer in layers)
     spread = statistics.mean(layer["phi_spread"] for layer in layers)
-    return f"""{name} acts like LoRA with alpha x {phi:.2f}, the mean over layers and tokens.
+    return f"""{name}: updates are {phi:.2f} times as long as LoRA's, the mean over all tokens.
 From token to token of a layer, this varies by ± {spread:.2f}. Without such a spread, each layer
 would be LoRA with another alpha."""
 
@@ -219,7 +219,7 @@ def parse_arguments(argv):
     add("--curvature", type=float, nargs="+", default=[0.5], help="one HypLoRA for each")
     add("--rank", type=int, default=16, help="of the adapters")
     add("--alpha", type=float, default=64.0, help="the updates are scaled by alpha / rank")
-    add("--lr", type=float, default=6e-3, help="peak learning rate of the adapters")
+    add("--lr", type=float, default=6e-3, help="learning rate before warm-up and decay")
     add("--steps", type=int, default=450, help="training steps of an adapter")
     add("--base-steps", type=int, default=350, help="training steps of the base")
     add("--seeds", type=int, default=1, help="number of seeds; the table shows mean ± deviation")

@@ -1,11 +1,11 @@
-"""HypLoRA's layer at LoRA's cost: hyplora.py's update in two Triton kernels. Copy it beside that.
+"""HypLoRA's layer near LoRA's cost: hyplora.py's update in two Triton kernels. Copy it beside that.
 
     inject_hyplora(model, "all-linear")
     use_kernels(model)                  # One call; saving, loading and removing stay as they were.
 
-One kernel follows LoRA's two products: it reads x, BAx and the base's output, a program a token,
-and writes the sum. For the backward pass it keeps four numbers a token, the update's factor and
-derivatives. There BAx is multiplied again, and a second kernel turns the gradient of the output
+One kernel follows LoRA's two products: with one program a token, it reads x, BAx and the base's
+output, and writes the sum. For the backward pass it keeps four numbers a token, the update's factor
+and derivatives. There BAx is multiplied again, and a second kernel turns the gradient of the output
 into that of BAx; the rest is LoRA's backward pass. |BAx| is read off BAx itself: h (B^T B) h with
 h = Ax loses its digits where B is ill-conditioned.
 
@@ -165,14 +165,15 @@ def run_forward(layer, base, x, keep):
     lora = F.linear(h, B)
     out = lora if dtype == base.dtype else torch.empty_like(lora, dtype=base.dtype)
     kept = torch.empty(tokens, 4, device=x.device, dtype=torch.float32) if keep else None
-    K = (layer.lora_K, layer.lora_unit, layer.options["curvature"], hyplora.MAX_RADIUS)
+    of_K = (layer.lora_K, layer.lora_unit, layer.options["curvature"], hyplora.MAX_RADIUS)
     tensors = (x, lora, base.contiguous(), out, kept)
-    launch(forward_kernel, tokens, *tensors, *K, layer.scaling, x.shape[-1], len(B))
+    launch(forward_kernel, tokens, *tensors, *of_K, layer.scaling, x.shape[-1], len(B))
     return out, (x, h, A, B, kept)
 
 
 class AddUpdate(torch.autograd.Function):
-    """base + scaling * update, with a backward pass. A, B and lora_K are those of the layer."""
+    """base + scaling * update, with a backward pass. A, B and lora_K are the layer's: autograd has
+    to see them."""
 
     @staticmethod
     def forward(ctx, layer, A, B, lora_K, base, x):
@@ -231,10 +232,11 @@ class KernelHypLoRALinear(hyplora.HypLoRALinear):
 def use_kernels(model):
     """Let the model's HypLoRA layers run in kernels, in place, and return the names of those.
 
-    Only classes change. Layers of curvature=math.inf stay. Shard afterwards. Triton's errors pass.
+    Only classes change. Those of curvature=math.inf stay. Shard afterwards. Raises Triton's errors.
     """
     if torch.cuda.is_available():
         x = torch.ones(1, 16, device="cuda")
+        # Where Triton can't compile, it shall fail here.
         backward_kernel[(1,)](x, x.clone(), x, None, x[0], x, 16, 16)
     layers = hyplora.hyplora_layers(model)
     for layer in layers.values():

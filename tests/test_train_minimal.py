@@ -78,7 +78,7 @@ def test_the_script_at_its_smallest(tmp_path, capsys):
     saved = torch.load(tmp_path / "out/HypLoRA-0.5-1.pt")
     assert saved["layers"]["mlp.up_proj"] == dict(rank=16, alpha=64, dropout=0, curvature=0.5)
     assert saved["tensors"]["mlp.down_proj.lora_unit"].item() != pytest.approx(170**0.5)
-    assert len(re.findall(r"acts like LoRA with alpha x 1\.\d\d,", printed)) == 2
+    assert len(re.findall(r"updates are 1\.\d\d times as long", printed)) == 2
     asked = re.findall(r"^\| (\d\d-\d\d=)(?: \| \d{3}){4} \|$", printed, re.MULTILINE)
     held_out = train_minimal.make_sums("-", held_out=True)[100:400:100]
     assert asked == [train_minimal.characters(row[:6]) for row in held_out]
@@ -99,5 +99,5 @@ def test_the_effect_is_the_mean_over_layers_and_seeds():
     first = {"a": {"phi": 1.1, "phi_spread": 0.3}, "b": {"phi": 1.2, "phi_spread": 0.1}}
     second = {"a": {"phi": 1.3, "phi_spread": 0.0}, "b": {"phi": 1.6, "phi_spread": 0.0}}
     said = train_minimal.what_it_did("HypLoRA 1", [first, second])
-    assert said.startswith("HypLoRA 1 acts like LoRA with alpha x 1.30,")
+    assert said.startswith("HypLoRA 1: updates are 1.30 times as long")
     assert "varies by ± 0.10." in said
