@@ -60,8 +60,7 @@ def length(v):
 
 def expmap0(v, K):
     """( sqrt K cosh(|v|/sqrt K),  sqrt K sinh(|v|/sqrt K) v/|v| ): (..., d) -> (..., d+1).
-    The exponential map lifts a vector to a point as far from the origin as the vector is long.
-    """
+    The exponential map lifts a vector to a point as far from the origin as the vector is long."""
     r = (length(v) / K**0.5).clamp(min=1e-18)  # So sinh(r) / r is 1 for v = 0, and not 0 / 0.
     stretch = torch.sinh(r) / r
     is_zero = (v == 0) & stretch.isinf()  # Such a coordinate stays 0: inf * 0 would be NaN.
@@ -70,8 +69,7 @@ def expmap0(v, K):
 
 def logmap0(p, K):
     """sqrt K asinh(|p_s|/sqrt K) p_s/|p_s|, where p_s is the space part: (..., d+1) -> (..., d).
-    The logarithmic map brings a point back down: it is the inverse of expmap0.
-    """
+    The logarithmic map brings a point back down: it is the inverse of expmap0."""
     space = p[..., 1:]
     s = (length(space) / K**0.5).clamp(min=1e-18)
     return torch.asinh(s) / s * space
@@ -79,8 +77,7 @@ def logmap0(p, K):
 
 def llr(p, A, B, K):
     """( sqrt(|BA p_s|^2 + K),  BA p_s ): (..., d_in+1) -> (..., d_out+1).
-    The Lorentz low-rank transformation (LLR) multiplies space by BA and computes time anew.
-    """
+    The Lorentz low-rank transformation (LLR) multiplies space by BA and computes time anew."""
     space = widen(p[..., 1:])
     space = space @ A.to(space).T @ B.to(space).T
     time = torch.hypot(length(space), K**0.5 * torch.ones_like(space[..., :1]))
@@ -89,8 +86,7 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
-# A token of a larger radius counts as if it lay there, as by the authors. sinh overflows at 89.
-MAX_RADIUS = 12.0
+MAX_RADIUS = 12.0  # A token farther out counts as if it lay there, as it does by the authors.
 
 
 def hyplora_reference(x, A, B, K):
@@ -106,8 +102,7 @@ def hyplora_update(x, A, B, K, max_radius=None):
     with another length. At K = infinity it is BAx itself: LoRA. max_radius is MAX_RADIUS if None.
 
     x: (..., d_in), any float dtype. A: (rank, d_in). B: (d_out, rank). K: a positive number or a
-    tensor of one element, or infinite. Returns (..., d_out) in the dtype of x (float16: float32).
-    """
+    tensor of one element, or infinite. Returns (..., d_out) in x's dtype (float16: in float32)."""
     x = x.float() if x.dtype == torch.float16 else x  # Squares of float16 overflow soon.
     lora = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(x.dtype)
     return phi_of(x, lora, K, max_radius).to(x.dtype) * lora
@@ -140,8 +135,7 @@ class HypLoRALinear(nn.Module):
     Parameters, in torch's default dtype: lora_A (rank, in_features), drawn as in LoRA; lora_B
     (out_features, rank), zero, so that a fresh adapter changes nothing; lora_K (1,), zero, the log
     of K's change. The buffer lora_unit (1,) is u, sqrt(in_features) until calibrated. Outputs have
-    the base's dtype. Raises TypeError for a base that is not linear, ValueError for a bad option.
-    """
+    the base's dtype. Raises TypeError if the base is not linear, ValueError for a bad option."""
 
     def __init__(self, base, rank=8, alpha=16, dropout=0, curvature=0.5):
         super().__init__()
@@ -153,7 +147,6 @@ class HypLoRALinear(nn.Module):
             ranges = "rank >= 1, 0 < alpha < inf, 0 <= dropout < 1, curvature >= 1e-12"
             raise ValueError(f"options must be within {ranges}, got {self.options}")
         self.in_features, self.out_features = features_of(base)
-        self.scaling = alpha / rank
         self.disabled = []  # Each open disable_hyplora has an entry: append and pop are atomic.
         device = next((t.device for t in [*base.parameters(), *base.buffers()]), None)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
@@ -183,6 +176,7 @@ class HypLoRALinear(nn.Module):
         k = self.lora_K.full_tensor() if hasattr(self.lora_K, "full_tensor") else self.lora_K
         return self.options["curvature"] * widen(self.lora_unit) ** 2 * widen(k).exp()
 
+    scaling = property(lambda self: self.options["alpha"] / self.options["rank"])
     enabled = property(lambda self: not self.disabled, doc="False within disable_hyplora.")
 
     def forward(self, input, *args, **kwargs):
@@ -249,7 +243,8 @@ def find_linear_layers(model, targets):
         heads = {*"lm_head head classification_head embed_out score classifier qa_outputs".split()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = [n for n in linears if heads.isdisjoint(n.split(".")) and modules[n] is not head]
-        names = [n for n in names if not any(map(features_of, [*modules[n].modules()][1:]))]
+        has_inner = {n: any(map(features_of, [*modules[n].modules()][1:])) for n in names}
+        names = [n for n in names if isinstance(modules[n], nn.Linear) or not has_inner[n]]
     else:
         endings = tuple(f".{ending}" for ending in targets)
         names = [name for name in linears if f".{name}".endswith(endings)]
@@ -283,7 +278,7 @@ def wrap_layers(model, options, tensors=None):
     try:
         for p in model.parameters():
             p.requires_grad_(False)
-            p.hyplora_version = p._version  # torch counts its changes; save_hyplora compares.
+            p.hyplora_version = getattr(p, "hyplora_version", p._version)  # torch counts changes
         for name, layer_options in options.items():
             base = model.get_submodule(name)
             layers[base] = HypLoRALinear(base, **layer_options)
@@ -412,8 +407,7 @@ def hyplora_statistics(model, *args, **kwargs):
     """{name: {"radius": |x| / sqrt K, "gain": |BAx| / |x|, "phi": |update| / |BAx|, "phi_spread"}}.
     These are means, and phi's standard deviation, over the tokens that calibrate_curvature counts.
     Where the spread is near 0, HypLoRA is LoRA with alpha times phi. Where it exceeds phi before
-    training, a few far tokens rule the gradient, and training may fail: MAX_RADIUS = 4.0 helped.
-    """
+    training, a few far tokens rule the gradient, and training may fail: MAX_RADIUS = 4.0 helped."""
     result = {}
     for name, tokens in measure_tokens(model, args, kwargs).items():
         n, gain, phi = tokens.mean(dim=0).tolist()
@@ -461,16 +455,22 @@ def save_hyplora(model, path, tensors=None):
     options = {name: layer.options for name, layer in hyplora_layers(model).items()}
     tensors = hyplora_state_dict(model) if tensors is None else tensors
     finite = [n for n, t in tensors.items() if not hasattr(t, "device_mesh") and t.isfinite().all()]
-    own = {f"{n}.lora_{k}".removeprefix(".") for n in options for k in ("A", "B", "K", "unit")}
-    if not options or finite != [*tensors] or not own <= tensors.keys():
+    shapes = {}
+    for name, layer in hyplora_layers(model).items():
+        rank, d_in, d_out = layer.options["rank"], layer.in_features, layer.out_features
+        for key, shape in ("A", (rank, d_in)), ("B", (d_out, rank)), ("K", (1,)), ("unit", (1,)):
+            shapes[f"{name}.lora_{key}".removeprefix(".")] = shape
+    is_whole = shapes.items() <= {name: t.shape for name, t in tensors.items()}.items()
+    if not options or finite != [*tensors] or not is_whole:
         raise ValueError("there are no adapters to save, or they are not whole and finite")
     fresh = [name for name in tensors if name.endswith("lora_B") and not tensors[name].any()]
     if fresh:
         warnings.warn(f"not trained, or never called by their owner: {fresh}", stacklevel=2)
     frozen = {n: p for n, p in model.named_parameters() if n not in tensors and not p.is_meta}
     lost = [n for n, p in frozen.items() if getattr(p, "hyplora_version", -1) < p._version]
-    if 0 < len(lost) < len(frozen):  # DDP's first broadcast writes to all of them.
-        warnings.warn(f"changed or new, but frozen and so not saved: {lost}", stacklevel=2)
+    trained = [n for n, p in frozen.items() if getattr(p, "hyplora_version", 0) < 0]
+    if trained or 0 < len(lost) < len(frozen):  # DDP's first broadcast writes to all of them.
+        warnings.warn(f"changed or new, but frozen and not saved: {trained or lost}", stacklevel=2)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
         whole = os.path.join(folder, "adapter.pt")
         torch.save({"hyplora": (3, MAX_RADIUS), "layers": options, "tensors": tensors}, whole)

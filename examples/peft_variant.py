@@ -26,13 +26,13 @@ The interface is private; examples/README.md names the version that this was run
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 
+import hyplora
 from examples.transformers_trainer import counting_examples, small_model
-from hyplora import hyplora_update, length
 
 try:
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -55,20 +55,21 @@ class HypLoRAVariant(lora.LoraVariant):
             module.lora_K = nn.ParameterDict()
             module.other_param_names = (*module.other_param_names, "lora_unit")
             module.lora_unit = BufferDict({}, persistent=True)
-            module.curvature = {}
+            module.hyplora_config = {}
         device = module.lora_A[adapter_name].weight.device
         module.lora_K[adapter_name] = nn.Parameter(torch.zeros(1, device=device))
         module.lora_unit[adapter_name] = torch.full((1,), module.in_features**0.5, device=device)
-        module.curvature[adapter_name] = config.curvature
+        module.hyplora_config[adapter_name] = config
 
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
         A = module.lora_A[active_adapter].weight
         B = module.lora_B[active_adapter].weight
         unit = module.lora_unit[active_adapter].float()
-        K = module.curvature[active_adapter] * unit**2 * module.lora_K[active_adapter].float().exp()
+        config = module.hyplora_config[active_adapter]
+        K = config.curvature * unit**2 * module.lora_K[active_adapter].float().exp()
         x = module.lora_dropout[active_adapter](x.to(result.dtype))
-        update = hyplora_update(x, A, B, K)
+        update = hyplora.hyplora_update(x, A, B, K, config.max_radius)
         return torch.add(result, update, alpha=module.scaling[active_adapter])
 
     @staticmethod
@@ -90,6 +91,7 @@ class HypLoRAPeftLinear(lora.Linear):
 @dataclass
 class HypLoRAConfig(LoraConfig):
     curvature: float = 0.5
+    max_radius: float = field(default_factory=lambda: hyplora.MAX_RADIUS)  # It is saved, too.
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,11 +107,13 @@ class HypLoRAConfig(LoraConfig):
 @torch.no_grad()
 def calibrate(model, adapter="default", **inputs):
     """Set the units to the median of |x| over all tokens of inputs, so leave padding out of them.
-    Put the model into eval mode first, if its base has dropout of its own."""
+    A layer that sees none keeps its unit. Raises ValueError, with no unit changed, if a length is
+    infinite. Put the model into eval mode first, if its base has dropout of its own."""
+    seen = {}
 
     def look(layer, arguments):
         tokens = arguments[0][(arguments[0] != 0).any(dim=-1)]
-        layer.lora_unit[adapter].copy_(length(tokens).median())
+        seen.setdefault(layer, []).append(hyplora.length(tokens))
 
     layers = [module for module in model.modules() if adapter in getattr(module, "lora_unit", ())]
     if not layers:
@@ -118,6 +122,11 @@ def calibrate(model, adapter="default", **inputs):
         for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(look))
         model(**inputs)
+    lengths = {layer: torch.cat(parts) for layer, parts in seen.items() if any(map(len, parts))}
+    if not all(found.isfinite().all() for found in lengths.values()):
+        raise ValueError("the length of a token is infinite")
+    for layer, found in lengths.items():
+        layer.lora_unit[adapter].copy_(found.median())
 
 
 # --- the demonstration --------------------------------------------------------------------------

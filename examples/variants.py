@@ -11,7 +11,8 @@ It prints:
 
 Yes, they train; this does not show which is better, as it is one toy with one setting for all. With
 curvature = math.inf the two classes are DoRA and AdaLoRA themselves: tests/test_examples.py
-compares outputs, gradients and budgets with PEFT's.
+compares outputs, gradients and budgets with PEFT's. Each has a tensor of its own, so that its file
+does not fit another class: a variant without one would be loaded as plain HypLoRA, without a word.
 """
 
 import copy
@@ -20,7 +21,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hyplora import HypLoRALinear, calibrate_curvature, hyplora_parameters, hyplora_update
+from hyplora import (
+    HypLoRALinear,
+    calibrate_curvature,
+    hyplora_parameters,
+    hyplora_update,
+    replace_modules,
+)
 
 
 class DoraHypLoRALinear(HypLoRALinear):
@@ -34,9 +41,14 @@ class DoraHypLoRALinear(HypLoRALinear):
 
     def __init__(self, base, **options):
         super().__init__(base, **options)
-        if base.weight.shape != (self.out_features, self.in_features):
+        if not isinstance(base, nn.Linear):
             raise TypeError("DoRA needs the rows of W: the base has to be an nn.Linear")
         self.lora_magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, "lora_magnitude"):  # The first call comes before it is made.
+            self.lora_magnitude.data = self.weight.detach().float().norm(dim=1)
 
     def forward(self, x):
         out = super().forward(x)
@@ -58,9 +70,14 @@ class AdaHypLoRALinear(HypLoRALinear):
 
     def __init__(self, base, **options):
         super().__init__(base, **options)
+        self.lora_E = nn.Parameter(torch.zeros(len(self.lora_A), 1, device=self.lora_A.device))
+
+    def reset_parameters(self):
+        super().reset_parameters()
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
-        self.lora_E = nn.Parameter(torch.zeros(len(self.lora_A), 1, device=self.lora_A.device))
+        if hasattr(self, "lora_E"):  # The first call comes before it is made.
+            nn.init.zeros_(self.lora_E)
 
     def add_update(self, out, x):
         update = hyplora_update(x, self.lora_E * self.lora_A, self.lora_B, self.K)
@@ -125,8 +142,8 @@ class RankBudget:
 def inject_variant(kind, model, names, **options):
     """Freeze the model and put layers of this kind where the names say."""
     model.requires_grad_(False)
-    for name in names:
-        model.set_submodule(name, kind(model.get_submodule(name), **options))
+    bases = [model.get_submodule(name) for name in names]
+    replace_modules(model, {base: kind(base, **options) for base in bases})
 
 
 # --- the demonstration: a small network learns to be another one ---------------------------------

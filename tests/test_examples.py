@@ -1,7 +1,6 @@
 """The examples do what their docstrings say, and the clients in examples/README.md run.
 
-What needs a package that is missing is skipped: pip install -r tests/requirements.txt
-"""
+What needs a package that is missing is skipped: pip install -r tests/requirements.txt"""
 
 import copy
 import importlib
@@ -38,9 +37,6 @@ def randomize(model):
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
     return model
-
-
-# --- each example prints what its docstring says ------------------------------------------------
 
 
 def shape_of(text):
@@ -83,9 +79,6 @@ def test_the_lesson_prints_and_draws_what_is_stored_in_it(tmp_path, monkeypatch,
         torch.testing.assert_close(new_radius.sinh(), gain * radius.sinh(), rtol=1e-4, atol=0)
 
 
-# --- Trainer ------------------------------------------------------------------------------------
-
-
 def test_the_mix_in_saves_adapters_alone_decays_no_K_and_loads_the_best_at_the_end(tmp_path):
     """Its own main shows that a run that is resumed ends with the same numbers."""
     options = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=3)
@@ -105,8 +98,6 @@ def test_the_mix_in_saves_adapters_alone_decays_no_K_and_loads_the_best_at_the_e
     for name, p in hyplora.hyplora_state_dict(trainer.model).items():
         assert torch.equal(p, content["tensors"][name])
 
-
-# --- HypLoRA inside PEFT ------------------------------------------------------------------------
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
@@ -157,8 +148,9 @@ def test_the_variant_in_peft_is_bit_equal_to_inject_hyplora(dtype, autocast):
         assert (their.grad - our.grad).norm() <= bound * our.grad.norm()
 
 
-def test_the_variant_in_peft_is_one_of_two_adapters_and_loads_by_its_own_config(tmp_path):
+def test_the_variant_in_peft_is_one_of_two_and_loads_by_its_own_config(tmp_path, monkeypatch):
     """Its own main saves, loads and is refused a merge."""
+    monkeypatch.setattr(hyplora, "MAX_RADIUS", 1.0)
     variant, model = variant_model()
     model.save_pretrained(tmp_path)
     first, base = logits_of(model), logits_of(variant.small_model().eval())
@@ -174,9 +166,36 @@ def test_the_variant_in_peft_is_one_of_two_adapters_and_loads_by_its_own_config(
         plain = variant.PeftModel.from_pretrained(variant.small_model(), tmp_path)
     with pytest.raises(ValueError, match="first adapter"):
         variant.calibrate(plain, input_ids=IDS)
+    monkeypatch.undo()  # The config has the bound that the adapter was made with.
+    config = variant.HypLoRAConfig.from_pretrained(tmp_path)
+    loaded = variant.PeftModel.from_pretrained(variant.small_model(), tmp_path, config=config)
+    assert torch.equal(logits_of(loaded), first)
+    assert not torch.equal(logits_of(variant_model()[1]), first)
 
 
-# --- DoRA and AdaLoRA ---------------------------------------------------------------------------
+class Uneven(nn.Module):
+    """One layer runs twice, the other sees no token."""
+
+    def __init__(self):
+        super().__init__()
+        self.often, self.never = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.never(self.often(10 * self.often(x))[:0])
+
+
+def test_the_variant_in_peft_is_calibrated_by_all_tokens_or_not_at_all():
+    variant, base = example("peft_variant"), Uneven()
+    config = variant.HypLoRAConfig(r=2, target_modules=["often", "never"])
+    model = variant.get_peft_model(copy.deepcopy(base), config)
+    hyplora.inject_hyplora(base, ["often"])
+    hyplora.calibrate_curvature(base, X)
+    variant.calibrate(model, x=X)
+    with pytest.raises(ValueError, match="infinite"):
+        variant.calibrate(model, x=X / 0)
+    assert model.base_model.often.lora_unit["default"] == base.often.lora_unit
+    assert model.base_model.never.lora_unit["default"] == 4
+
 
 # PEFT's names of the tensors of each class.
 VARIANTS = {
@@ -260,9 +279,6 @@ def test_variants_with_hyplora_are_their_formulas_also_where_a_lambda_is_pruned(
     A = (layer.lora_E * layer.lora_A)[[0, 2]].double()
     update = hyplora.hyplora_reference(x, A, layer.lora_B[:, [0, 2]].double(), 8.0)
     torch.testing.assert_close(layer(X), layer.base(X) + update.float())
-
-
-# --- the README's snippets -----------------------------------------------------------------------
 
 
 def snippet(title):

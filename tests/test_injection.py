@@ -16,10 +16,11 @@ def test_all_linear_leaves_out_the_head_that_a_model_declares():
     del model.classifier
     for block in (model, model.blocks):  # It is the layers within these that count.
         block.in_features = block.out_features = 8
+    model.shared.gate = nn.Linear(8, 8)  # The layer around it is linear, too.
     model.get_output_embeddings = lambda: model.decoder
     names = "lm_head embed_out head classification_head score qa_outputs".split()
     model.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 2)) for name in names})
-    assert hyplora.inject_hyplora(model, "all-linear") == QV
+    assert {*hyplora.inject_hyplora(model, "all-linear")} == {*QV, "blocks.0.q_proj.gate"}
 
 
 @pytest.mark.filterwarnings("ignore:left out")

@@ -1,8 +1,7 @@
 """hyplora.py inside transformers, DDP, FSDP, and on quantized linears.
 
 Models are built from small random configurations, so that nothing is downloaded. What needs a
-package that is missing is skipped: pip install -r tests/requirements.txt
-"""
+package that is missing is skipped: pip install -r tests/requirements.txt"""
 
 import copy
 import os
@@ -44,8 +43,6 @@ def train(model, loss_of):
     assert losses[-1] < losses[0]
     assert all(layer.lora_B.any() for layer in hyplora.hyplora_layers(model).values())
 
-
-# --- transformers -------------------------------------------------------------------------------
 
 PLAIN = "llama gpt2 bert bloom gpt_neox falcon phi cohere olmo2 granite stablelm mpt"
 FAMILIES = dict.fromkeys(PLAIN.split(), {}) | {
@@ -99,9 +96,6 @@ def test_a_family_of_transformers_trains_generates_is_saved_and_keeps_its_base(f
     assert torch.equal(logits_of(hyplora.remove_hyplora(model)), base)
 
 
-# --- linears that are not nn.Linear -------------------------------------------------------------
-
-
 def test_adapters_learn_on_torchaos_weight_only_int8():
     quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
     model = mlp()
@@ -125,9 +119,6 @@ def test_adapters_learn_on_bases_of_bitsandbytes_which_are_saved_whole(options, 
     # Of 4 bits, bitsandbytes does not read all that it writes.
     quantized.load_state_dict(quantized.state_dict(), strict="load_in_8bit" in options)
     train(quantized, lambda model: model(input_ids=IDS, labels=IDS).loss)
-
-
-# --- several processes --------------------------------------------------------------------------
 
 
 def steps(model, rows, count=4):
@@ -224,9 +215,7 @@ def in_fsdp2(model, x, train):
 
 def check_training(rank, path):
     """Both processes, each with half of the batch, end with the adapters of one.
-
-    Sums are taken in another order: hence the tolerances.
-    """
+    Sums are taken in another order: hence the tolerances."""
     os.chdir(path)
     cases = [(in_ddp, torch.float32), (in_fsdp2, torch.float32), (in_fsdp2, torch.bfloat16)]
     for program, dtype in cases:

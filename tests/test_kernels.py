@@ -74,8 +74,7 @@ def check_errors(layer, x):
     """The kernels' errors against float64 are no larger than the plain form's.
 
     The gradient of the output is random, but along the update on the whole: so the tokens' parts
-    of K's gradient have one sign, and their sum has no cancellation that would only add noise.
-    """
+    of K's gradient have one sign, and their sum has no cancellation that would only add noise."""
     own = copy.deepcopy(layer).double()
     update = (own(x.double()) - own.base(x.double())).detach()
     along = update * (update.shape[-1] ** 0.5 / hyplora.length(update))

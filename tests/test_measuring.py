@@ -84,6 +84,9 @@ def test_calibration_runs_the_base_and_warns_of_layers_that_saw_no_token():
             self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
             self.dropout = nn.Dropout(0.5)
 
+        def eval(self):  # As DeepSpeed's engine, it returns nothing.
+            self.train(False)
+
         def forward(self, x):
             return self.second(self.first(x[:3])[:0] + self.first(self.dropout(x[3:]))[:0])
 
@@ -122,18 +125,3 @@ def test_K_goes_on_learning_after_a_move_to_bfloat16():
         model(0.01 * X.bfloat16()).square().sum().backward()
         optimizer.step()
     assert abs(math.log(model[0].K.item() / before)) == pytest.approx(10 * 3e-4, rel=0.2)
-
-
-def test_an_engine_whose_eval_returns_nothing_is_calibrated():
-    class LikeDeepSpeed(nn.Sequential):
-        def eval(self):
-            self.train(False)
-
-        def train(self, mode=True):
-            super().train(mode)
-
-    model = adapted(nn.Sequential(nn.Linear(7, 6)))
-    engine = LikeDeepSpeed(copy.deepcopy(model))
-    want = hyplora.calibrate_curvature(model, X.float())
-    assert list(hyplora.calibrate_curvature(engine, X.float()).values()) == list(want.values())
-    assert all(module.training for module in engine.modules())

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import hyplora
 from hyplora import hyplora_state_dict, load_hyplora, save_hyplora
-from test_hyplora import Toy, adapted, assert_unchanged, snapshot, train
+from test_hyplora import IDS, Toy, adapted, assert_unchanged, snapshot, train
 
 torch.set_num_threads(1)
 
@@ -44,9 +44,6 @@ def refused(path, message, error=ValueError, models=None):
         assert_unchanged(model, before)
 
 
-# --- adapter files ------------------------------------------------------------------------------
-
-
 def test_an_adapter_for_a_base_of_another_dtype(path):
     half = Toy().bfloat16()
     load_hyplora(half, path)
@@ -75,8 +72,31 @@ def test_a_frozen_module_that_came_after_the_adapters_is_named_when_saving(tmp_p
     assert not recwarn
     model.embed = nn.Embedding(12, 8).requires_grad_(False)  # As resizing a vocabulary does.
     nn.init.ones_(model.shared.bias)
-    with pytest.warns(UserWarning, match=r"so not saved: \['embed.weight', '\S*q_proj.bias'\]"):
+    with pytest.warns(UserWarning, match=r"not saved: \['embed.weight', '\S*q_proj.bias'\]"):
         save_hyplora(model, tmp_path / "adapter.pt")
+
+
+def test_a_trained_head_is_named_when_frozen_also_after_ddp_or_under_new_adapters(tmp_path):
+    model = trained()
+    model.classifier.requires_grad_(False)
+    with torch.no_grad():
+        torch._foreach_add_([*model.parameters()], 0)  # DDP writes to all of them, too.
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"not saved: \['classifier.weight', \S*bias'\]"):
+            save_hyplora(model, tmp_path / "adapter.pt")
+        hyplora.remove_hyplora(model)
+        hyplora.inject_hyplora(model, ["0.q_proj"])
+        nn.init.ones_(model.shared.lora_B)
+
+
+def test_a_changed_alpha_acts_and_is_saved_and_scaling_follows_it(path):
+    load_hyplora(model := Toy(), path)
+    model.shared.options["alpha"] /= 4
+    save_hyplora(model, path)
+    load_hyplora(loaded := Toy(), path)
+    assert torch.equal(loaded(IDS), model(IDS)) and loaded.shared.scaling == 2
+    with pytest.raises(AttributeError):
+        model.shared.scaling = 1.0  # It would act, and be lost.
 
 
 def test_tensors_without_numbers_are_not_saved(tmp_path):
@@ -95,7 +115,9 @@ def test_tensors_without_numbers_are_not_saved(tmp_path):
     sharded = hyplora_state_dict(trained())
     sharded["classifier.bias"].device_mesh = "as FSDP2 leaves a head"
     whole = trained()
-    cases = [(Toy(), None), (diverged, None), (whole, {}), (whole, wrapped), (whole, sharded)]
+    half = {name: t[: len(t) // 2 or 1] for name, t in hyplora_state_dict(whole).items()}
+    cases = [(Toy(), None), (diverged, None)]
+    cases += [(whole, some) for some in ({}, wrapped, sharded, half)]
     for model, some in cases:
         with pytest.raises(ValueError, match="no adapters to save, or they are not"):
             save_hyplora(model, tmp_path / "adapter.pt", some)
@@ -105,9 +127,6 @@ def test_tensors_without_numbers_are_not_saved(tmp_path):
 def test_numbers_that_the_models_dtype_does_not_hold_are_refused(path):
     edit(path, lambda content: content["tensors"]["classifier.bias"].fill_(1e5))
     refused(path, "classifier.bias must be finite", models=[Toy().half()])
-
-
-# --- files that do not fit ----------------------------------------------------------------------
 
 
 def test_files_that_are_damaged_or_not_ours(path):
@@ -182,9 +201,6 @@ def test_an_adapter_of_a_layer_that_is_not_here_or_not_linear_or_lone(path):
     for saved, other, message in cases:
         save_hyplora(saved, path)
         refused(path, message, models=[other])
-
-
-# --- saving that is cut short -------------------------------------------------------------------
 
 
 def test_a_save_that_breaks_off_keeps_the_old_file_and_leaves_nothing_beside(path, monkeypatch):
