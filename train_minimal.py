@@ -49,8 +49,7 @@ def digits_of(numbers, count):
 def make_sums(sign, held_out):
     """All a + b, or all a - b that are not below 0, of numbers below 100: (N, QUESTION + ANSWER).
 
-    A fixed tenth of the pairs is held out for testing; if (a, b) is, so is (b, a).
-    """
+    A fixed tenth of the pairs is held out for testing; if (a, b) is, so is (b, a)."""
     draw = torch.rand(100, 100, generator=torch.Generator().manual_seed(0))
     chosen = (draw.triu() + draw.triu(1).T < 0.1) == held_out
     if sign == "-":
@@ -226,8 +225,9 @@ def parse_arguments(argv):
     add("--device", default="cpu", help="a model this small is fastest on one CPU core")
     add("--out", default="runs", help="folder for the adapters")
     args = parser.parse_args(argv)
-    if min(args.seeds, args.steps, args.base_steps, args.rank) < 1 or not min(args.curvature) > 0:
-        parser.error("--seeds, --steps, --base-steps and --rank must be >= 1, --curvature > 0")
+    counts = (args.seeds, args.steps, args.base_steps, args.rank)
+    if min(counts) < 1 or not all(x > 0 for x in (args.alpha, args.lr, *args.curvature)):
+        parser.error("--seeds, --steps, --base-steps, --rank must be >= 1, the other numbers > 0")
     return args
 
 

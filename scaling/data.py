@@ -52,8 +52,7 @@ def read_prompts(args, saved=None):
 class Prompts:
     """A tokenizer, and how it is asked: "alpaca" is the plain text of the paper's code, "chat" the
     chat template around the instruction, "chat-alpaca" that template around the Alpaca text.
-    stop: the ids that end an answer. `end` is the one of them that training appends.
-    """
+    stop: the ids that end an answer. `end` is the one of them that training appends."""
 
     def __init__(self, tokenizer, stop, template):
         self.tokenizer = tokenizer
@@ -63,6 +62,8 @@ class Prompts:
         self.system = SYSTEM if template == "chat" else None
         self.start = []  # what the tokenizer puts before a text, such as <s>; a template has it
         self.blanks = ""  # what stands between a prompt and its answer
+        if len(self.encode(QUESTION)) < 5:  # Without its files, transformers makes an empty one.
+            sys.exit("--checkpoint has no tokenizer, or a part of it: copy tokenizer.json there")
         if template == "alpaca":
             special = tokenizer("a")["input_ids"]
             self.start = special[: special.index(self.encode("a")[0])]

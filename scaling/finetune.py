@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help="a model's folder, as from a hub")
     add("--data", metavar="FILE", help="train on this JSON list, or JSON lines")
-    add("--eval", nargs="+", default=[], metavar="FILE", help="score the answers to these")
+    add("--eval", nargs="+", action="extend", default=[], metavar="FILE", help="score these, too")
     add("--recipe", choices=list(RECIPES), help="the settings of the authors' scripts")
     add("--template", choices=["alpaca", "chat", "chat-alpaca"], help="the prompt")
     add("--out", default="runs", help="the run's folder: options, states and adapters")
@@ -161,7 +161,7 @@ def open_run(args, prompts, base):
     options.update(stop=prompts.stop, recipe=args.recipe, bound=hyplora.MAX_RADIUS)
     options.update(data=data, base=fingerprint(base))
     path = Path(args.out, "options.json")
-    if path.exists() != args.resume:
+    if (path.exists() or any(path.parent.glob("state-*.pt"))) != args.resume:
         sys.exit(f"--resume goes on with the run of {path}; a new run takes another --out")
     if not args.resume:
         path.write_text(json.dumps(options, indent=1))
@@ -204,7 +204,8 @@ def table(rows):
 def train_adapter(model, name, args, records):
     """Calibrate and train the adapters, save them, and say what they do."""
     ids, mask, _ = training.make_batch(training.records_of_step(records, 0, args), args)
-    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    none = ids[:0, 0]  # No logits. For a number of them, Gemma 4 cuts what its last layers see.
+    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=none)
     if name != "LoRA":
         hyplora.calibrate_curvature(model, **inputs)
     training.train(model, args, name, records)
@@ -278,7 +279,7 @@ def main(argv=None):
         if args.predictions is not None:  # What can't be written is found out now, not afterwards.
             open(args.predictions, "a").close()
         rows = score_saved(args) if args.data is None else train_and_score(args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"\n{error}. What was saved before is whole")
     say("\n" + table(rows))
     if dist.is_initialized():

@@ -47,8 +47,7 @@ def pattern_of(answer):
 def extract(output, answer, letters="first"):
     """What an output is taken to answer, to be compared with `answer`: text, a number, or None.
 
-    letters: "first" is the rule of LLM-Adapters, "released" that of the paper's released code.
-    """
+    letters: "first" is the rule of LLM-Adapters, "released" that of the paper's released code."""
     pattern = pattern_of(answer)
     if pattern == NUMBER:
         found = re.findall(NUMBER, output.replace(",", ""))

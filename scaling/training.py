@@ -1,7 +1,6 @@
 """Training over one process or many: DDP, or FSDP2, which spreads the base over them.
 
-A step depends on its number and the state file alone: a run can stop and go on anywhere.
-"""
+A step depends on its number and the state file alone: a run can stop and go on anywhere."""
 
 import copy
 import math

@@ -173,19 +173,14 @@ def test_the_variant_in_peft_is_one_of_two_and_loads_by_its_own_config(tmp_path,
     assert not torch.equal(logits_of(variant_model()[1]), first)
 
 
-class Uneven(nn.Module):
-    """One layer runs twice, the other sees no token."""
-
-    def __init__(self):
-        super().__init__()
-        self.often, self.never = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x):
-        return self.never(self.often(10 * self.often(x))[:0])
+class Uneven(nn.ModuleDict):
+    def forward(self, x):  # One layer runs twice, the other sees no token.
+        return self["never"](self["often"](10 * self["often"](x))[:0])
 
 
 def test_the_variant_in_peft_is_calibrated_by_all_tokens_or_not_at_all():
-    variant, base = example("peft_variant"), Uneven()
+    variant = example("peft_variant")
+    base = Uneven({name: nn.Linear(16, 16) for name in ("often", "never")})
     config = variant.HypLoRAConfig(r=2, target_modules=["often", "never"])
     model = variant.get_peft_model(copy.deepcopy(base), config)
     hyplora.inject_hyplora(base, ["often"])
@@ -193,8 +188,9 @@ def test_the_variant_in_peft_is_calibrated_by_all_tokens_or_not_at_all():
     variant.calibrate(model, x=X)
     with pytest.raises(ValueError, match="infinite"):
         variant.calibrate(model, x=X / 0)
-    assert model.base_model.often.lora_unit["default"] == base.often.lora_unit
-    assert model.base_model.never.lora_unit["default"] == 4
+    found = model.get_base_model()
+    assert found["often"].lora_unit["default"] == base["often"].lora_unit
+    assert found["never"].lora_unit["default"] == 4
 
 
 # PEFT's names of the tensors of each class.

@@ -98,6 +98,8 @@ def test_the_end_tokens_are_the_generation_configs(tmp_path):
     assert read_prompts(parse(f"--checkpoint {folder}"), saved).prompt("Hi").startswith("<|turn|>")
     with pytest.raises(SystemExit, match="m is no folder"):
         read_prompts(parse())
+    with pytest.raises(SystemExit, match="has no tokenizer"):  # It is Gemma's without its files.
+        Prompts(transformers.GemmaTokenizer(), [END], "alpaca")
 
 
 def read(tmp_path, text, **settings):
