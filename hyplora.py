@@ -86,7 +86,7 @@ def llr(p, A, B, K):
 
 # --- The update, as the paper writes it and as the law of sinh ----------------------------------
 
-MAX_RADIUS = 12.0  # A token farther out counts as if it lay there, as it does by the authors.
+MAX_RADIUS = 12.0  # A token farther out counts as if it lay there, as in the authors' code.
 
 
 def hyplora_reference(x, A, B, K):
@@ -156,7 +156,7 @@ class HypLoRALinear(nn.Module):
         self.register_buffer("lora_unit", torch.empty(1, device=device))
         self.reset_parameters()
         # Layer and base share their tables of parameters, buffers and children, so that the weight
-        # keeps its name. The base is set past __setattr__, which would make it a child once more.
+        # keeps its name. By __setattr__ the base would be a child, and each tensor have two names.
         self.__dict__["base"] = base
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             getattr(base, table).update(getattr(self, table))
@@ -452,11 +452,11 @@ def save_hyplora(model, path, tensors=None):
     """Write hyplora_state_dict(model), or the same gathered from shards, to path, atomically. Give
     the inner model of DDP or torch.compile. Warns of adapters that are as they started, and of
     frozen weights that are new or changed. Raises ValueError unless all is there and finite."""
-    options = {name: layer.options for name, layer in hyplora_layers(model).items()}
     tensors = hyplora_state_dict(model) if tensors is None else tensors
     finite = [n for n, t in tensors.items() if not hasattr(t, "device_mesh") and t.isfinite().all()]
-    shapes = {}
+    options, shapes = {}, {}
     for name, layer in hyplora_layers(model).items():
+        options[name] = layer.options
         rank, d_in, d_out = layer.options["rank"], layer.in_features, layer.out_features
         for key, shape in ("A", (rank, d_in)), ("B", (d_out, rank)), ("K", (1,)), ("unit", (1,)):
             shapes[f"{name}.lora_{key}".removeprefix(".")] = shape

@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help="a model's folder, as from a hub")
     add("--data", metavar="FILE", help="train on this JSON list, or JSON lines")
-    add("--eval", nargs="+", action="extend", default=[], metavar="FILE", help="score these, too")
+    add("--eval", nargs="+", action="extend", default=[], metavar="FILE", help="sets to score")
     add("--recipe", choices=list(RECIPES), help="the settings of the authors' scripts")
     add("--template", choices=["alpaca", "chat", "chat-alpaca"], help="the prompt")
     add("--out", default="runs", help="the run's folder: options, states and adapters")
